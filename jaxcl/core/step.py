@@ -1,0 +1,130 @@
+"""One training step as a pure function: forward, gradient, update, projection, observation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcl.core import compose
+from jaxcl.core.paths import merge
+from jaxcl.core.types import Apply, Batch, Clock, Ctx, Fixed, Method, Outputs, Params, Phase, State
+
+Metrics = dict[str, jax.Array]
+Step = Callable[[State, Fixed, Batch, Any], tuple[State, Metrics]]
+
+
+def step_key(seed: Any, clock: Clock) -> jax.Array:
+    """The step's random key, folded from (seed, stage, phase, step of the phase); none is stored."""
+    key = jax.random.key(seed)
+    for part in (clock.stage, clock.phase, clock.phase_step):
+        key = jax.random.fold_in(key, part)
+    return key
+
+
+def make_step(
+    apply: Apply,
+    spec: Any,
+    methods: Sequence[Method],
+    tx: optax.GradientTransformation,
+    phase: Phase,
+    accumulate: int = 1,
+) -> Step:
+    """The step of a phase, pure and unjitted: ``step(state, fixed, batch, seed) -> (state, metrics)``.
+
+    ``tx`` may read ``clock=`` as an optax extra argument. ``accumulate`` splits the rows of a batch (their number
+    must be divisible by it) into as many micro-batches; a micro-batch's whole loss counts by its share of the
+    target weight. metrics: f32 scalars ``loss``, ``objective``, every ``method/term``, ``grad_norm``, ``weight``.
+    """
+    methods = compose.active(methods, phase)
+    taps = tuple(sorted({t for m in methods for t in m.taps}))
+    watch = any(m.observe is not None for m in methods)
+    tx = optax.with_extra_args_support(phase.tx or tx)
+
+    def step(state: State, fixed: Fixed, batch: Batch, seed: Any) -> tuple[State, Metrics]:
+        clock = state.clock
+        owns = {m.name: compose.own_of(m, fixed.own, state.live) for m in methods}
+        model = compose.wrapped(apply, methods, fixed.own, state.live, clock)
+
+        def loss_fn(train: Params, batch: Batch, key: jax.Array, with_terms: bool) -> tuple[jax.Array, dict]:
+            params = merge(fixed.frozen, train)
+            out = model(spec, params, batch, taps=taps, train=True, key=jax.random.fold_in(key, 0))
+            ctx = Ctx(params, None, batch, batch["weight"], out, clock, jax.random.fold_in(key, 1), model)
+            ctx = ctx._replace(weight=compose.weights(methods, ctx, owns))
+            named = {"objective": phase.objective(ctx)}
+            if with_terms:
+                named |= compose.terms(methods, ctx, owns)
+            aux = {"terms": named, "weight": jnp.sum(ctx.weight)}
+            if watch:
+                aux["out"] = {"nll": out.nll, "taps": dict(out.taps), "aux": dict(out.aux)}
+            return sum(named.values()), aux
+
+        def grad_fn(train: Params, batch: Batch, key: jax.Array, *, terms: bool = True) -> tuple[Params, dict]:
+            def one(batch: Batch, key: jax.Array) -> tuple[Params, dict]:
+                (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(train, batch, key, terms)
+                return grads, aux
+
+            return one(batch, key) if accumulate == 1 else accumulated(one, batch, key, accumulate)
+
+        for m in methods:
+            if m.grad is not None:
+                grad_fn = m.grad(grad_fn, owns[m.name], clock)  # type: ignore[assignment]
+        key = step_key(seed, clock)
+        grads, aux = grad_fn(state.train, batch, key)
+        updates, opt = tx.update(grads, state.opt, state.train, clock=clock)
+        for m in methods:
+            if m.project is not None:
+                updates = m.project(updates, state.train, owns[m.name], clock)
+
+        live = dict(state.live)
+        if watch:
+            out = Outputs(nll=aux["out"]["nll"], taps=aux["out"]["taps"], aux=aux["out"]["aux"])
+            ctx = Ctx(merge(fixed.frozen, state.train), None, batch, batch["weight"], out, clock, key, model)
+            for m in methods:
+                if m.observe is not None:
+                    live[m.name] = m.observe(ctx._replace(own=owns[m.name]), grads, updates, state.train)
+
+        metrics = {
+            "loss": sum(aux["terms"].values()),
+            **aux["terms"],
+            "grad_norm": optax.tree.norm(grads),
+            "weight": aux["weight"],
+        }
+        clock = clock._replace(step=clock.step + 1, phase_step=clock.phase_step + 1)
+        return State(clock, optax.apply_updates(state.train, updates), opt, live), metrics
+
+    return step
+
+
+def accumulated(one: Callable, batch: Batch, key: jax.Array, parts: int) -> tuple[Params, dict]:
+    """``one(micro_batch, key) -> (grads, aux)`` summed over micro-batches, each by its share of the target weight.
+
+    Micro-batch i takes rows i, i + parts, ...: strided, so that a batch sharded over devices stays where it is.
+    Taps and aux of the outputs arrive summed, nll in the rows' order.
+    """
+    micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    grads, aux = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), key)
+    nll = aux.get("out", {}).pop("nll", None)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, aux))
+
+    def body(carry: tuple, part: tuple) -> tuple:
+        i, rows = part
+        grads, aux = one(rows, jax.random.fold_in(key, i))
+        nll = aux.get("out", {}).pop("nll", None)
+        weight = aux["weight"]
+        scaled = jax.tree.map(lambda x: x * weight.astype(x.dtype), (grads, aux["terms"]))
+        plain = {k: v for k, v in aux.items() if k != "terms"}
+        total = jax.tree.map(jnp.add, carry, (scaled[0], {"terms": scaled[1], **plain}))
+        return total, nll
+
+    (grads, aux), stacked = jax.lax.scan(body, zeros, (jnp.arange(parts), micro))
+    # Without any target the penalties still count: every micro-batch then weighs the same.
+    total = jnp.maximum(aux["weight"], jnp.finfo(jnp.float32).tiny)
+    grads = jax.tree.map(lambda x: x / total.astype(x.dtype), grads)
+    aux["terms"] = jax.tree.map(lambda x: x / total, aux["terms"])
+    if nll is not None:
+        aux["out"]["nll"] = stacked.swapaxes(0, 1).reshape(-1, *stacked.shape[2:])
+    return grads, aux
