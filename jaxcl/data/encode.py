@@ -1,0 +1,92 @@
+"""Rows become arrays of a fixed shape; what is too long loses input text, never its answer.
+
+Suffix letters: T tokens of the window, K targets of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxcl.data.template import Template
+from jaxcl.errors import RequestError
+
+if TYPE_CHECKING:
+    from jaxcl.models.tokenizer import Tokenizer
+
+Example = dict[str, Any]
+"""One row without a batch axis: tokens, segments, positions i32[T]; targets_at i32[K] and weight f32[K], or
+weight f32[T] alone for plain text; row i32[]."""
+
+
+def encode(
+    prompt: Sequence[int], target: Sequence[int], window: int, k: int, *, pad: int = 0, row: int = -1
+) -> Example:
+    """Prompt and target ids as one example; ``targets_at``: where each target token stands (0: unused slot).
+
+    RequestError where prompt and target are longer than the window T or the target longer than K.
+    """
+    length = len(prompt) + len(target)
+    if length > window or len(target) > k or not prompt:
+        raise RequestError(
+            f"row {row}: a prompt of {len(prompt)} and a target of {len(target)} tokens do not fit "
+            f"into a window of {window} tokens with room for {k} targets after at least one token of prompt"
+        )
+    example = _row(list(prompt) + list(target), window, pad, row)
+    targets_at, weight = np.zeros(k, np.int32), np.zeros(k, np.float32)
+    targets_at[: len(target)] = np.arange(len(prompt), length)
+    weight[: len(target)] = 1.0
+    return example | {"targets_at": targets_at, "weight": weight}
+
+
+def encode_text(ids: Sequence[int], window: int, *, pad: int = 0, row: int = -1) -> Example:
+    """Plain text: every token but the first is a target, ``weight`` f32[T]."""
+    if not 0 < len(ids) <= window:
+        raise RequestError(f"row {row}: a text of {len(ids)} tokens does not fit into a window of {window}")
+    example = _row(ids, window, pad, row)
+    weight = (example["positions"] > 0).astype(np.float32)
+    return example | {"weight": weight}
+
+
+def target_ids(row: dict[str, Any], template: Template, tokenizer: Tokenizer) -> list[int]:
+    """The row's answer as ids, end-of-sequence token included."""
+    return [*tokenizer.encode(template.target(row["target"])), tokenizer.eos_id]
+
+
+def fit_prompt(row: dict[str, Any], template: Template, tokenizer: Tokenizer, room: int) -> list[int]:
+    """Ids of the row's prompt in at most ``room`` tokens.
+
+    Only the end of the input is cut off: instruction, options and ``Answer:`` stay, and the result is always
+    the encoding of a text. RequestError where they alone need more than ``room``.
+    """
+    ids = tokenizer.encode(template.prompt(row, tokenizer))
+    text = row["input"]
+    kept = tokenizer.encode(text)
+    while len(ids) > room:
+        if not text:
+            raise RequestError(
+                f"row {row['id']!r}: instruction, options and answer mark need {len(ids)} tokens, "
+                f"{room} are left by the window and the target; take a larger window"
+            )
+        kept = kept[: max(len(kept) - (len(ids) - room), 0)]
+        # a cut inside a character decodes to a replacement mark: keep what is really a beginning of the input
+        text = _common_start(row["input"], tokenizer.decode(kept))
+        ids = tokenizer.encode(template.prompt(row, tokenizer, text))
+    return ids
+
+
+def _common_start(a: str, b: str) -> str:
+    n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return a[:n]
+
+
+def _row(ids: Sequence[int], window: int, pad: int, row: int) -> Example:
+    length = len(ids)
+    tokens = np.full(window, pad, np.int32)
+    segments, positions = np.zeros(window, np.int32), np.zeros(window, np.int32)
+    tokens[:length] = ids
+    segments[:length] = 1
+    positions[:length] = np.arange(length)
+    return {"tokens": tokens, "segments": segments, "positions": positions, "row": np.int32(row)}

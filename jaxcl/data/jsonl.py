@@ -1,0 +1,147 @@
+"""JSON Lines files, plain or gzip: read, checked against a schema, refused with file, line and field.
+
+Two schemas are known: ``instruct`` (an instruction, an input and the wanted answer) and ``text`` (a
+document). Fields that a schema does not name are kept as they are.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxcl.errors import RequestError, nearest, unknown
+
+MAX_LINE = 4 << 20
+"""A longer line is refused before it is parsed: no row of text is that long, a damaged file may be."""
+
+_STRINGS = "a list of strings"
+REQUIRED = {
+    "instruct": {"task": str, "id": str, "instruction": str, "input": str, "target": str},
+    "text": {"id": str, "text": str},
+}
+OPTIONAL: dict[str, dict[str, Any]] = {
+    "instruct": {"labels": _STRINGS, "targets": _STRINGS, "answer": (str, int, float), "count": int},
+    "text": {"domain": str, "lang": str, "date": str},
+}
+
+
+def read_rows(path: str | Path, schema: str = "instruct") -> list[dict[str, Any]]:
+    """All rows of a ``.jsonl`` or ``.jsonl.gz`` file, checked.
+
+    RequestError, with file and line: malformed JSON or UTF-8, a line above `MAX_LINE` bytes, a missing field,
+    a field of the wrong type, an ``id`` that occurs twice, a truncated gzip stream; without a line: no such
+    file, no rows at all.
+    """
+    path = Path(path)
+    if schema not in REQUIRED:
+        raise unknown("schema", schema, REQUIRED)
+    rows: list[dict[str, Any]] = []
+    first_seen: dict[str, int] = {}
+    for number, line in _lines(path):
+        row = _parse(line, schema, f"{path}:{number}")
+        before = first_seen.setdefault(row["id"], number)
+        if before != number:
+            raise RequestError(f"{path}:{number}: id {row['id']!r} was already used in line {before}")
+        rows.append(row)
+    if not rows:
+        raise RequestError(f"{path}: no rows; a stage needs at least one")
+    return rows
+
+
+def check_row(row: Any, schema: str, where: str) -> dict[str, Any]:
+    """``row`` itself where it fits the schema, else RequestError naming ``where`` and the field."""
+    if not isinstance(row, dict):
+        raise RequestError(f"{where}: expected a JSON object, found {_shown(row)}")
+    for field, kind in REQUIRED[schema].items():
+        if field not in row:
+            raise RequestError(f"{where}: field {field!r} is missing; {nearest(field, row)}")
+        _check(row[field], kind, field, where)
+    for field, kind in OPTIONAL[schema].items():
+        if row.get(field) is not None:
+            _check(row[field], kind, field, where)
+    if schema == "instruct" and not row["target"]:
+        raise RequestError(f"{where}: field 'target' is empty; a row needs an answer to learn")
+    return row
+
+
+def data_folder(name: str, data_dir: str | Path | None = None) -> Path:
+    """Folder ``name`` of the data directory: ``data_dir``, else $JAXCL_DATA. RequestError where absent."""
+    root = data_dir if data_dir is not None else os.environ.get("JAXCL_DATA")
+    if not root:
+        raise RequestError(f"no data directory: --data or JAXCL_DATA must name the folder that holds {name}/")
+    for folder in (Path(root), Path(root) / name):
+        if not folder.is_dir():
+            raise RequestError(
+                f"no folder {folder}; --data or JAXCL_DATA must name the one that holds {name}/"
+            )
+    return Path(root) / name
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opened(path, "rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise RequestError(f"{path}:{number}: the line is longer than {MAX_LINE >> 20} MiB")
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError as error:
+        raise RequestError(f"no data file {path}{_beside(path)}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise RequestError(f"{path}:{number + 1}: the gzip stream is damaged or cut off ({error})") from error
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _parse(line: bytes, schema: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{where}: not UTF-8 at byte {error.start + 1} of the line") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where}: malformed JSON ({error})") from error
+    return check_row(row, schema, where)
+
+
+def _check(value: Any, kind: Any, field: str, where: str) -> None:
+    if kind is _STRINGS:
+        good = isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+        wanted = "a list of strings, not empty"
+    else:
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        good = isinstance(value, kinds) and not isinstance(value, bool)
+        wanted = " or ".join({str: "a string", int: "an integer", float: "a number"}[k] for k in kinds)
+    if not good:
+        raise RequestError(f"{where}: field {field!r} must be {wanted}, found {_shown(value)}")
+    if not all(_is_text(s) for s in (value if isinstance(value, list) else [value])):
+        raise RequestError(f"{where}: field {field!r} holds half a surrogate pair, which is no text")
+
+
+def _is_text(value: Any) -> bool:
+    """False for a string that UTF-8 cannot hold; JSON can spell such strings, tokenizers refuse them."""
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _beside(path: Path) -> str:
+    """What the folder holds instead, for the error of a missing file."""
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} is absent too"
+    names = sorted(p.name for p in path.parent.iterdir())[:8]
+    return f"; {path.parent} holds: {', '.join(names) or 'nothing'}"
