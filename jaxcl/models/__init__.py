@@ -1,0 +1,1 @@
+"""Models: an architecture is a spec and four functions over a flat dict of parameters."""

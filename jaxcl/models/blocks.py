@@ -1,0 +1,192 @@
+"""The decoder's blocks as Flax NNX modules: views of the flat dict that live for the length of a trace.
+
+A module takes the entries below its own path. The adapter keys of a dense site are optional; what is there
+is used. Shapes: B rows, T tokens, S cache slots, D width, H heads, G queries per key head, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .cache import Written, write
+from .flow import Flow
+from .spec import DecoderSpec
+
+View = Mapping[str, jax.Array]
+DENSE_KEYS = ("kernel", "lora_a", "lora_b", "lora_scale", "bank_a", "bank_b", "bank_scale")
+
+
+def below(entries: View, prefix: str) -> dict[str, jax.Array]:
+    """The entries under ``prefix/``, with the rest of their path as key."""
+    start = prefix + "/"
+    return {path[len(start) :]: leaf for path, leaf in entries.items() if path.startswith(start)}
+
+
+class Dense(nnx.Module):
+    """y = x W, plus a live adapter and a bank of frozen ones where their keys exist.
+
+    kernel [in, out]; lora_a [r, in], lora_b [out, r], lora_scale []: y += scale (drop(x) a^T) b^T (Hu et al.
+    2021, eq. 3); bank_a [S, r, in], bank_b [S, out, r], bank_scale []: the same, summed over slots with the
+    weights ``flow.bank`` [B, S].
+    """
+
+    kernel: nnx.Param
+    lora_a: nnx.Param
+    lora_b: nnx.Param
+    lora_scale: nnx.Param
+    bank_a: nnx.Param
+    bank_b: nnx.Param
+    bank_scale: nnx.Param
+
+    def __init__(self, view: View, site: str):
+        self.site = site
+        for name in DENSE_KEYS:
+            if name in view:
+                setattr(self, name, nnx.Param(view[name]))
+
+    def __call__(self, x: jax.Array, flow: Flow) -> jax.Array:
+        flow.see(f"{self.site}:in", x)
+        y = x @ self.kernel[...].astype(x.dtype)
+        if not (hasattr(self, "lora_a") or hasattr(self, "bank_a")):
+            return y
+        x = flow.drop(self.site, x)
+        if hasattr(self, "lora_a"):
+            y = y + low_rank(x, self.lora_a[...], self.lora_b[...], self.lora_scale[...])
+        if hasattr(self, "bank_a"):
+            y = y + bank(x, self.bank_a[...], self.bank_b[...], self.bank_scale[...], flow.bank)
+        return y
+
+
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """scale (x a^T) b^T for x [..., in], a [r, in], b [out, r] -> [..., out]."""
+    inner = jnp.einsum("...i,ri->...r", x, a.astype(x.dtype)) * scale.astype(x.dtype)
+    return jnp.einsum("...r,or->...o", inner, b.astype(x.dtype))
+
+
+def bank(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """sum_s w[B,s] scale (x a_s^T) b_s^T for x [B,T,in], a [S,r,in], b [S,out,r]; weight None means ones."""
+    inner = jnp.einsum("bti,sri->btsr", x, a.astype(x.dtype)) * scale.astype(x.dtype)
+    if weight is not None:
+        inner = inner * weight[:, None, :, None].astype(x.dtype)
+    return jnp.einsum("btsr,sor->bto", inner, b.astype(x.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32 whatever x is (Zhang and Sennrich 2019)."""
+
+    def __init__(self, view: View, eps: float):
+        self.scale = nnx.Param(view["scale"])
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """tokens i32[...] -> kernel rows [..., D]."""
+
+    def __init__(self, view: View):
+        self.kernel = nnx.Param(view["kernel"])
+
+    def __call__(self, tokens: jax.Array, dtype: str) -> jax.Array:
+        return self.kernel[...][tokens].astype(dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; queries see old cache slots and their own block."""
+
+    def __init__(self, view: View, spec: DecoderSpec):
+        self.spec = spec
+        self.q, self.k, self.v, self.o = (Dense(below(view, n), f"attn/{n}") for n in "qkvo")
+
+    def __call__(self, x: jax.Array, flow: Flow, cached: Written | None) -> tuple[jax.Array, Written | None]:
+        heads = (*x.shape[:-1], -1, self.spec.head_dim)
+        q = rotate(self.q(x, flow).reshape(heads), flow.rope)
+        new = Written(rotate(self.k(x, flow).reshape(heads), flow.rope), self.v(x, flow).reshape(heads))
+        parts = [Part(*new, flow.block)]
+        if cached is not None and flow.past is not None:
+            parts.append(Part(*cached, flow.past))
+        y = attend(q, parts).reshape(*x.shape[:-1], -1)
+        return self.o(y, flow), write(flow, cached, new)
+
+
+class Part(NamedTuple):
+    """Keys and values [B,S,Hkv,Dh] and who may see them, bool [B,T,S]."""
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+
+
+def attend(q: jax.Array, parts: list[Part]) -> jax.Array:
+    """Softmax attention of q [B,T,H,Dh] over the keys of all parts at once -> [B,T,H,Dh].
+
+    The softmax is float32 and runs over the parts together: a cache is never copied to stand beside the
+    block.
+    """
+    b, t, h, dh = q.shape
+    q = q.reshape(b, t, parts[0].k.shape[2], -1, dh) * dh**-0.5
+    scores = [
+        jnp.where(
+            part.mask[:, None, None],
+            jnp.einsum("bthgd,bshd->bhgts", q, part.k.astype(q.dtype), preferred_element_type=jnp.float32),
+            jnp.finfo(jnp.float32).min,
+        )
+        for part in parts
+    ]
+    prob = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    out, start = None, 0
+    for part in parts:
+        stop = start + part.k.shape[1]
+        y = jnp.einsum("bhgts,bshd->bthgd", prob[..., start:stop], part.v.astype(q.dtype))
+        out, start = (y if out is None else out + y), stop
+    assert out is not None
+    return out.reshape(b, t, h, dh)
+
+
+def rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B,T,1,head_dim/2] of the rotary angles (Su et al. 2021), float32."""
+    rates = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * rates
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (x[i], x[i + Dh/2]) of [B,T,H,Dh] by their angles (Hugging Face's half-split order)."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, view: View):
+        self.gate, self.up, self.down = (Dense(below(view, n), f"mlp/{n}") for n in ("gate", "up", "down"))
+
+    def __call__(self, x: jax.Array, flow: Flow) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x, flow)) * self.up(x, flow), flow)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, view: View, spec: DecoderSpec):
+        self.attn_norm = RMSNorm(below(view, "attn_norm"), spec.norm_eps)
+        self.attn = Attention(below(view, "attn"), spec)
+        self.mlp_norm = RMSNorm(below(view, "mlp_norm"), spec.norm_eps)
+        self.mlp = SwiGLU(below(view, "mlp"))
+
+    def __call__(self, x: jax.Array, flow: Flow, cached: Written | None) -> tuple[jax.Array, Written | None]:
+        y, written = self.attn(self.attn_norm(x), flow, cached)
+        x = x + y
+        x = x + self.mlp(self.mlp_norm(x), flow)
+        flow.see("out", x)
+        return x, written

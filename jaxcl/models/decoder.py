@@ -1,0 +1,161 @@
+"""A Llama-type decoder over the flat dict: `decoder(spec)` gives the Model record.
+
+The stack of segments is a plain function: layers with keys of their own in a Python loop, stacked ones in
+`jax.lax.scan`. Shapes: B rows, T tokens, K targets, D width, V vocabulary, R repeats of a stacked segment.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..core.types import Batch, Model, Outputs, Params
+from ..errors import RequestError
+from .blocks import Block, Embedding, RMSNorm, below, rotary
+from .cache import Cache, Written, closed, route
+from .flow import Flow
+from .layout import axes, layout
+from .nll import chunked_nll, shifted
+from .spec import DecoderSpec, Run
+from .stacking import restack
+from .taps import joined, local_taps, select
+
+
+def decoder(spec: DecoderSpec) -> Model:
+    """The architecture as a record of free functions; see `jaxcl.core.types.Model`."""
+    return Model(spec=spec, init=init, apply=apply, head=head, axes=axes)
+
+
+def init(spec: DecoderSpec, key: jax.Array) -> Params:
+    """Normal weights of std ``spec.init_std`` (outputs to the residual stream divided by sqrt(2 layers)),
+    ones for norms. Every tensor has its own key from its path, so stacking does not change a number."""
+
+    def draw(path: str, shape: tuple[int, ...], std: float | None) -> jax.Array:
+        if std is None:
+            return jnp.ones(shape, spec.param_dtype)
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return (std * jax.random.normal(own, shape, jnp.float32)).astype(spec.param_dtype)
+
+    params = {path: draw(path, leaf.shape, leaf.std) for path, leaf in layout(spec).items()}
+    return restack(params, spec, spec.segments, now=spec.unstacked)[0]
+
+
+def apply(
+    spec: DecoderSpec,
+    params: Params,
+    batch: Batch,
+    *,
+    cache: Cache | None = None,
+    taps: tuple[str, ...] = (),
+    train: bool = False,
+    key: jax.Array | None = None,
+) -> Outputs:
+    """The forward pass. batch: tokens, segments (0 = padding), positions i32[B,T]; optional targets_at
+    i32[B,K], bank_weight f32[B,S].
+
+    nll, f32 in nats: with targets_at [B,K], of token ``tokens[b, targets_at[b,k]]`` given the tokens before
+    it (0 where targets_at <= 0); without [B,T], 0 where a token starts its segment or is padding. With a
+    cache and without targets_at nll is None. taps: ``'layers/7/attn/q:in'`` the input of a dense site,
+    ``'layers/7:out'`` the residual stream after a layer. train with ``key``: adapter dropout. Raises
+    RequestError on a tap that does not exist, on a sequence longer than ``spec.context``, on dropout
+    without a key.
+    """
+    tokens, segments = batch["tokens"], batch["segments"]
+    if tokens.shape[1] > spec.context:
+        raise RequestError(
+            f"a sequence has {tokens.shape[1]} tokens; accepted: up to {spec.context} (context)"
+        )
+    if train and spec.adapter_dropout and key is None:
+        raise RequestError(
+            f"adapter_dropout is {spec.adapter_dropout} without a key; accepted: train and key"
+        )
+    flow = Flow(
+        rope=rotary(batch["positions"], spec.head_dim, spec.rope_theta),
+        block=visible(segments),
+        bank=batch.get("bank_weight"),
+        rate=spec.adapter_dropout,
+        key=key if train else None,
+        **route(cache, batch),
+    )
+    x = Embedding(below(params, "embed"))(tokens, spec.dtype)
+    seen: dict[str, jax.Array] = {}
+    written: Cache = {}
+    for run in spec.runs:
+        x, kept, new = run_segment(spec, params, run, x, flow, cache or {}, local_taps(spec, run, taps))
+        seen |= kept
+        written |= new
+    hidden = RMSNorm(below(params, "final_norm"), spec.norm_eps)(x)
+    nll = None
+    if cache is None or "targets_at" in batch:
+        nll = _nll(spec, params, hidden, batch)
+    return Outputs(nll=nll, hidden=hidden, taps=select(spec, seen, taps), cache=closed(cache, flow, written))
+
+
+def visible(segments: jax.Array) -> jax.Array:
+    """bool [B,T,T]: token t sees token s of its own segment when s <= t. Padding (segment 0) sees nothing."""
+    t = segments.shape[1]
+    same = segments[:, :, None] == segments[:, None, :]
+    return same & (segments > 0)[:, :, None] & jnp.tril(jnp.ones((t, t), bool))
+
+
+def run_segment(
+    spec: DecoderSpec,
+    params: Params,
+    run: Run,
+    x: jax.Array,
+    flow: Flow,
+    cache: Cache,
+    wanted: dict[str, frozenset[str]],
+) -> tuple[jax.Array, dict[str, jax.Array], Cache]:
+    """One segment of layers: (x [B,T,D], taps by path, cache entries), each with a leading R when stacked."""
+    views = {prefix: below(params, prefix) for prefix in run.prefixes}
+    old = {p: Written(cache[f"{p}/k"], cache[f"{p}/v"]) if f"{p}/k" in cache else None for p in run.prefixes}
+
+    def once(x: jax.Array, each: tuple) -> tuple[jax.Array, tuple]:
+        views, old, layers = each
+        seen: dict[str, jax.Array] = {}
+        new: Cache = {}
+        for prefix in run.prefixes:
+
+            def block(x: jax.Array, view: Any, old: Any, layer: Any, prefix: str = prefix) -> tuple:
+                here = flow.at(layer, wanted[prefix])
+                y, written = Block(view, spec)(x, here, old)
+                return y, here.seen, written
+
+            step = jax.checkpoint(block) if spec.remat == "block" else block
+            x, taps, written = step(x, views[prefix], old[prefix], layers[prefix])
+            seen |= {joined(prefix, name): value for name, value in taps.items()}
+            if written is not None:
+                new |= {f"{prefix}/k": written.k, f"{prefix}/v": written.v}
+        return x, (seen, new)
+
+    if run.repeats == 1:
+        x, (seen, new) = once(x, (views, old, {p: r.start for p, r in zip(run.prefixes, run.layers)}))
+    else:
+        layers = {p: jnp.arange(r.start, r.stop, r.step) for p, r in zip(run.prefixes, run.layers)}
+        x, (seen, new) = jax.lax.scan(once, x, (views, old, layers))
+    return x, seen, new
+
+
+def head(spec: DecoderSpec, params: Params, hidden: jax.Array, at: jax.Array) -> jax.Array:
+    """logits f32[B,N,V] of the token after each position of at i32[B,N], from hidden [B,T,D]."""
+    rows = jnp.take_along_axis(hidden, at[..., None], axis=1)
+    return logits(spec, params, rows)
+
+
+def logits(spec: DecoderSpec, params: Params, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> f32[..., V], with the embedding as head where the spec is tied."""
+    kernel = params["embed/kernel"].T if spec.tied else params["head/kernel"]
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _nll(spec: DecoderSpec, params: Params, hidden: jax.Array, batch: Batch) -> jax.Array:
+    tokens = batch["tokens"]
+    at = batch["targets_at"] if "targets_at" in batch else shifted(batch["segments"])
+    labels = jnp.take_along_axis(tokens, jnp.maximum(at, 0), axis=1)
+    before = jnp.maximum(at - 1, 0)
+    nll = chunked_nll(lambda rows: logits(spec, params, rows), hidden, before, labels, spec.nll_chunk)
+    return jnp.where(at > 0, nll, 0.0)

@@ -1,0 +1,51 @@
+"""What a layer needs beside its input, and where it leaves what a tap asked for. Lives inside one trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass
+class Flow:
+    """rope: cos and sin of the block's positions. block: bool [B,T,T], who sees whom inside the block.
+
+    past: bool [B,T,S], who sees which cache slot, or None. slots: i32[B,T], where new keys go (``size`` is
+    nowhere), or None without a cache. mode: what happens to the cache, see `jaxcl.models.cache`. bank:
+    f32[B,S] weights of adapter slots, or None for ones. rate, key: adapter dropout; key None is off.
+    wanted, seen: taps of this layer by their local name.
+    """
+
+    rope: tuple[jax.Array, jax.Array]
+    block: jax.Array
+    past: jax.Array | None = None
+    slots: jax.Array | None = None
+    mode: str | None = None
+    size: int = 0
+    bank: jax.Array | None = None
+    rate: float = 0.0
+    key: jax.Array | None = None
+    wanted: frozenset[str] = frozenset()
+    seen: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def at(self, layer: Any, wanted: frozenset[str]) -> Flow:
+        """The same for one layer (a number, or a traced one inside a scan): own random numbers, own taps."""
+        key = None if self.key is None else jax.random.fold_in(self.key, layer)
+        return dataclasses.replace(self, key=key, wanted=wanted, seen={})
+
+    def see(self, name: str, value: jax.Array) -> None:
+        """Keeps ``value`` if a tap of this name was asked for."""
+        if name in self.wanted:
+            self.seen[name] = value
+
+    def drop(self, site: str, x: jax.Array) -> jax.Array:
+        """Inverted dropout on an adapter's input; the same numbers however layers are stacked."""
+        if self.key is None or self.rate == 0.0:
+            return x
+        key = jax.random.fold_in(self.key, zlib.crc32(site.encode()))
+        keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)

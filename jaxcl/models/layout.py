@@ -1,0 +1,72 @@
+"""One table of a decoder's parameters: path, shape, logical axes. Init, sharding and weight files read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .spec import DecoderSpec
+
+Axes = tuple[str | None, ...]
+
+
+class Leaf(NamedTuple):
+    """shape of the tensor; a logical axis name (or None) per dimension; std of its init, None for ones."""
+
+    shape: tuple[int, ...]
+    axes: Axes
+    std: float | None
+
+
+def layout(spec: DecoderSpec) -> dict[str, Leaf]:
+    """{path: Leaf} with every layer on its own, whatever ``spec.segments`` says."""
+    d, std = spec.width, spec.init_std
+    out = std / (2 * spec.layers) ** 0.5  # what adds to the residual stream (GPT-2, section 2.3)
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    table = {"embed/kernel": Leaf((spec.vocab, d), ("vocab", "embed"), std)}
+    for i in range(spec.layers):
+        at = f"layers/{i}"
+        table[f"{at}/attn_norm/scale"] = Leaf((d,), ("embed",), None)
+        table[f"{at}/attn/q/kernel"] = Leaf((d, q), ("embed", "heads"), std)
+        table[f"{at}/attn/k/kernel"] = Leaf((d, kv), ("embed", "kv"), std)
+        table[f"{at}/attn/v/kernel"] = Leaf((d, kv), ("embed", "kv"), std)
+        table[f"{at}/attn/o/kernel"] = Leaf((q, d), ("heads", "embed"), out)
+        table[f"{at}/mlp_norm/scale"] = Leaf((d,), ("embed",), None)
+        table[f"{at}/mlp/gate/kernel"] = Leaf((d, spec.mlp), ("embed", "mlp"), std)
+        table[f"{at}/mlp/up/kernel"] = Leaf((d, spec.mlp), ("embed", "mlp"), std)
+        table[f"{at}/mlp/down/kernel"] = Leaf((spec.mlp, d), ("mlp", "embed"), out)
+    table["final_norm/scale"] = Leaf((d,), ("embed",), None)
+    if not spec.tied:
+        table["head/kernel"] = Leaf((d, spec.vocab), ("embed", "vocab"), std)
+    return table
+
+
+def axes(spec: DecoderSpec, params: Mapping[str, Any]) -> dict[str, Axes]:
+    """{path: logical axis name or None per dimension} for every key of ``params``.
+
+    Adapters follow their kernel: ``lora_a`` [r, in] its input axis, ``lora_b`` [out, r] its output axis;
+    ranks, slots, stacked layers and keys the decoder does not know have None.
+    """
+    table = layout(spec)
+    if spec.tied:
+        table["head/kernel"] = Leaf((spec.width, spec.vocab), ("embed", "vocab"), None)
+    return {path: _axes(table, path, leaf.ndim) for path, leaf in params.items()}
+
+
+def _axes(table: Mapping[str, Leaf], path: str, ndim: int) -> Axes:
+    site, _, name = plain(path).rpartition("/")
+    leaf, kernel = table.get(f"{site}/{name}"), table.get(f"{site}/kernel")
+    if leaf is not None:
+        tensor: Axes = leaf.axes
+    elif kernel is not None and name in ("lora_a", "bank_a"):
+        tensor = (None, kernel.axes[0])
+    elif kernel is not None and name in ("lora_b", "bank_b"):
+        tensor = (kernel.axes[1], None)
+    else:
+        tensor = ()
+    return (None,) * (ndim - len(tensor)) + tensor
+
+
+def plain(path: str) -> str:
+    """The path of the first layer behind a stacked key: ``layers/0:30:1/x`` -> ``layers/0/x``."""
+    return "/".join(part.partition(":")[0] for part in path.split("/"))

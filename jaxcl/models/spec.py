@@ -1,0 +1,123 @@
+"""The static description of a decoder, and how its layers are laid out as segments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..errors import RequestError, unknown
+
+Segments = tuple[tuple[tuple[str, ...], int], ...]
+
+KINDS = ("block",)
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "block")
+SIZES = ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "context", "nll_chunk")
+
+
+class Run(NamedTuple):
+    """One segment, resolved: what stands at each position of its pattern.
+
+    prefixes[j] is the path of position j, ``'layers/7'`` where the segment has one repeat and
+    ``'layers/0:30:1'`` where its layers share one stacked key. layers[j] are the layer numbers behind it.
+    """
+
+    kinds: tuple[str, ...]
+    repeats: int
+    prefixes: tuple[str, ...]
+    layers: tuple[range, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec:
+    """A Llama-type decoder. Hashable, so it may be a static argument of jit.
+
+    vocab, width, layers, heads, kv_heads, head_dim, mlp: sizes. tied: the head is the embedding.
+    context: longest sequence it was made for. dtype: what the blocks compute in; norms, softmax and nll are
+    float32 always. adapter_dropout: rate on the input of LoRA adapters while training. remat: ``'block'``
+    recomputes each block in the backward pass. nll_chunk: targets whose logits exist at the same time.
+    segments: ((kinds of layer, repeats), ...); a segment with more than one repeat is scanned, its layers
+    stacked under one key; empty means every layer on its own. Raises RequestError on values that do not fit.
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied: bool = True
+    context: int = 2048
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    adapter_dropout: float = 0.0
+    remat: str = "none"
+    nll_chunk: int = 512
+    init_std: float = 0.02
+    segments: Segments = ()
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise _refused(self, name, "a whole number above 0")
+        if self.heads % self.kv_heads:
+            raise _refused(self, "kv_heads", f"a divisor of heads, {self.heads}")
+        if self.head_dim % 2:
+            raise _refused(self, "head_dim", "an even number (rotary pairs)")
+        if not 0.0 <= self.adapter_dropout < 1.0:
+            raise _refused(self, "adapter_dropout", "0 up to below 1")
+        for name, known in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT)):
+            if getattr(self, name) not in known:
+                raise unknown(name, str(getattr(self, name)), known, where="decoder")
+        object.__setattr__(self, "segments", _checked(self.segments, self.layers))
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The segments in order, with their paths and layer numbers."""
+        out, start = [], 0
+        for kinds, repeats in self.segments:
+            step = len(kinds)
+            stop = start + step * repeats
+            layers = tuple(range(start + j, stop, step) for j in range(step))
+            if repeats == 1:
+                prefixes = tuple(f"layers/{r.start}" for r in layers)
+            else:
+                prefixes = tuple(f"layers/{r.start}:{stop}:{step}" for r in layers)
+            out.append(Run(kinds, repeats, prefixes, layers))
+            start = stop
+        return tuple(out)
+
+    @property
+    def unstacked(self) -> Segments:
+        """Segments that keep every layer under its own key."""
+        return ((tuple(kind for run in self.segments for kind in run[0] * run[1]), 1),)
+
+
+def _refused(spec: DecoderSpec, name: str, accepted: str) -> RequestError:
+    return RequestError(f"decoder: {name} is {getattr(spec, name)!r}; accepted: {accepted}")
+
+
+def _checked(segments: Sequence, layers: int) -> Segments:
+    if not segments:
+        return ((("block",) * layers, 1),)
+    made = tuple((tuple(kinds), int(repeats)) for kinds, repeats in segments)
+    for kinds, repeats in made:
+        for kind in kinds:
+            if kind not in KINDS:
+                raise unknown("kind of layer", str(kind), KINDS, where="decoder segments")
+        if not kinds or repeats < 1:
+            raise RequestError(f"decoder: segment {(kinds, repeats)!r} is empty; accepted: kinds and repeats")
+    total = sum(len(kinds) * repeats for kinds, repeats in made)
+    if total != layers:
+        raise RequestError(f"decoder: segments hold {total} layers; accepted: exactly {layers}")
+    return made
+
+
+def tiny(vocab: int = 259, layers: int = 4, width: int = 32, **overrides) -> DecoderSpec:
+    """A byte model that trains in seconds: 256 bytes, bos, eos, pad."""
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": max(2, width // 4), "mlp": 3 * width, "context": 1024}
+    return DecoderSpec(vocab=vocab, width=width, layers=layers, **{**sizes, **overrides})
