@@ -1,0 +1,64 @@
+"""jaxcl list, fetch, doctor: what there is, and what this machine has of it."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from jaxcl.cli.terminal import console, plain_table
+from jaxcl.errors import unknown
+
+
+@click.command(name="list")
+@click.argument("what", metavar="methods|streams|models|metrics|experiments")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, every field of it.")
+def list_(what: str, as_json: bool) -> None:
+    """List methods, streams, models, metrics or experiments.
+
+    \b
+    Example:
+      jaxcl list methods --json
+    """
+    from jaxcl.registry import TABLES
+
+    if what not in TABLES:
+        raise unknown("list of things", what, TABLES)
+    table = TABLES[what]
+    if as_json:
+        click.echo(json.dumps(table.rows(), indent=1))
+        return
+    shown = [{k: r.get(k) for k in table.columns} for r in table.short()]
+    console().print(plain_table(shown, table.columns))
+
+
+@click.command()
+@click.argument("model")
+def fetch(model: str) -> None:
+    """Fetch the weights of MODEL into the cache.
+
+    They are checked against a pinned hash, whether fetched or found.
+
+    \b
+    Example:
+      jaxcl fetch smollm2-135m-instruct
+    """
+    from jaxcl.models.fetch import fetch as fetch_weights
+
+    click.echo(f"{model}: {fetch_weights(model)}")
+
+
+@click.command()
+def doctor() -> None:
+    """Show devices, versions, caches, what is missing.
+
+    \b
+    Example:
+      jaxcl doctor
+    """
+    from jaxcl.cli.machine import findings
+
+    console().print(plain_table(list(findings()), ("what", "found", "note")))
+
+
+COMMANDS = (list_, fetch, doctor)

@@ -1,0 +1,46 @@
+"""jaxcl demo, run: what trains."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.option("--out", metavar="DIR", help="Where runs and report go.")
+def demo(out: str | None) -> int:
+    """Several methods on small stages, with a report.
+
+    No download, no data set, a few minutes on two cores.
+
+    \b
+    Example:
+      jaxcl demo --out runs/demo
+    """
+    from jaxcl.experiment_files import demo_main
+
+    return demo_main(out)
+
+
+@click.command()
+@click.argument("experiment")
+@click.option("--set", "overrides", metavar="A.B=C", multiple=True, help="Change a value of the Config.")
+@click.option("--data", metavar="DIR", help="Data directory (default: $JAXCL_DATA).")
+@click.option("--out", metavar="DIR", help="Run directory (default: runs/<experiment>/<hash of Config>).")
+@click.pass_obj
+def run(
+    obj: dict[str, bool], experiment: str, overrides: tuple[str, ...], data: str | None, out: str | None
+) -> int:
+    """Run EXPERIMENT, a name or a Python file.
+
+    The same command again resumes, or says that the run is finished. --set may be repeated.
+
+    \b
+    Example:
+      jaxcl run olora_order1 --set method=replay --data data
+    """
+    from jaxcl.core.run import run_experiment
+
+    return run_experiment(experiment, list(overrides), data, out, obj["debug"])
+
+
+COMMANDS = (demo, run)

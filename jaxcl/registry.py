@@ -1,0 +1,150 @@
+"""The tables behind `jaxcl list`, and names -> constructors. Importing this module imports neither jax nor
+any method: what a method fills in (slots, keeps, packs) is read off the constructed method when asked for."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxcl.errors import unknown
+
+Row = dict[str, Any]
+_ER = "Chaudhry et al. 2019, arXiv 1902.10486"
+_LORA = "Hu et al. 2022, arXiv 2106.09685"
+_STATIC = (  # name, kind, group, card, paper
+    ("finetune", "baseline", "baseline", None, "sequential fine-tuning, the lower bound"),
+    ("joint", "baseline", "baseline", None, "all stages so far at once, the upper bound"),
+    ("replay", "method", "replay", "cft/experience-replay", _ER),
+    ("ewc", "method", "regularization", "cft/ewc", "Kirkpatrick et al. 2017, arXiv 1612.00796"),
+    ("lora", "method", "adapters", "cft/lora", _LORA),
+    ("inclora", "method", "adapters", "cft/lora", _LORA + "; a fresh adapter per stage"),
+    ("olora", "method", "adapters", "cft/o-lora", "Wang et al. 2023, arXiv 2310.14152"),
+    ("mofo", "transform", "optimizer", "cft/mofo", "Chen et al. 2024, arXiv 2407.20999"),
+)
+METHODS: dict[str, Row] = {
+    name: {
+        "name": name,
+        "kind": kind,
+        "group": group,
+        "card": card,
+        "paper": paper,
+        "module": f"jaxcl.{'transforms' if kind == 'transform' else 'methods'}.{name}",
+    }
+    for name, kind, group, card, paper in _STATIC
+}
+
+
+def constructor(name: str, *, where: str = "") -> Callable[..., Any]:
+    """The constructor of a method or transform by name (imports jax). Raises RequestError if unknown."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS, where=where)
+    return getattr(importlib.import_module(METHODS[name]["module"]), name)
+
+
+def _described(row: Row) -> Row:
+    made = constructor(row["name"])()
+    if row["kind"] == "transform":  # an optax transform: all it touches is the update
+        return row | {"slots": ["tx"], "keeps": "nothing", "packs": True}
+    return row | {"slots": list(made.slots), "keeps": str(made.keeps), "packs": made.packs}
+
+
+def _methods() -> list[Row]:
+    return [_described(row) for row in METHODS.values()]
+
+
+def _streams() -> list[Row]:
+    from jaxcl.data.streams import STREAMS
+
+    return _named(STREAMS)
+
+
+def _models() -> list[Row]:
+    from jaxcl.models.fetch import MODELS
+
+    return _named(MODELS)
+
+
+def _metrics() -> list[Row]:
+    from jaxcl.metrics.matrix import METRICS
+
+    fields = ("name", "convention", "card", "papers", "needs")
+    return [{f: getattr(m, f) for f in fields} for m in METRICS.values()]
+
+
+def _named(table: Mapping[str, Any]) -> list[Row]:
+    """Rows of a mapping name -> record (dataclass, named tuple or mapping), plain values only."""
+    rows = []
+    for name, record in table.items():
+        if dataclasses.is_dataclass(record) and not isinstance(record, type):
+            fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+        else:
+            fields = dict(record._asdict() if hasattr(record, "_asdict") else record)
+        plain = {k: _plain(v) for k, v in fields.items() if not callable(v)}
+        rows.append({"name": name} | plain)
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def experiments_folder() -> Path:
+    """Where the experiments are: inside the wheel, or beside the package in a checkout."""
+    packaged = Path(__file__).parent / "_experiments"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "experiments"
+
+
+def experiments(folder: Path | None = None) -> dict[str, Path]:
+    """{name: Python file} of a folder's experiments: a file, or a directory with a file, that defines a
+    class ``Config`` and a function ``build``. The files are parsed, not run."""
+    folder = folder or experiments_folder()
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        inside = (path / f"{path.name}.py", path / "experiment.py", path / "__init__.py")
+        for file in (path,) if path.suffix == ".py" else inside if path.is_dir() else ():
+            if file.is_file() and _is_experiment(file):
+                found.setdefault(path.stem, file)
+    return found
+
+
+def _is_experiment(file: Path) -> bool:
+    try:
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError, OSError):
+        return False
+    classes = {n.name for n in body if isinstance(n, ast.ClassDef)}
+    functions = {n.name for n in body if isinstance(n, ast.FunctionDef)}
+    return "Config" in classes and "build" in functions
+
+
+def _experiments() -> list[Row]:
+    rows = []
+    for name, file in experiments().items():
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        rows.append({"name": name, "about": text.split("\n\n")[0].replace("\n", " "), "file": file.name})
+    return rows
+
+
+class Table(NamedTuple):
+    """rows: every field, may import jax. short: what the plain table needs. columns: of the plain table."""
+
+    rows: Callable[[], list[Row]]
+    short: Callable[[], list[Row]]
+    columns: tuple[str, ...]
+
+
+TABLES: dict[str, Table] = {
+    "methods": Table(_methods, lambda: list(METHODS.values()), ("name", "kind", "group", "card", "paper")),
+    "streams": Table(_streams, _streams, ("name", "scenario", "stages", "metric", "regime", "card")),
+    "models": Table(_models, _models, ("name", "about")),
+    "metrics": Table(_metrics, _metrics, ("name", "convention", "papers")),
+    "experiments": Table(_experiments, _experiments, ("name", "about")),
+}
