@@ -96,41 +96,27 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def experiments_folder() -> Path:
-    """Where the experiments are: inside the wheel, or beside the package in a checkout."""
-    packaged = Path(__file__).parent / "_experiments"
-    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "experiments"
-
-
-def experiments(folder: Path | None = None) -> dict[str, Path]:
-    """{name: Python file} of a folder's experiments: a file, or a directory with a file, that defines a
-    class ``Config`` and a function ``build``. The files are parsed, not run."""
-    folder = folder or experiments_folder()
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        inside = (path / f"{path.name}.py", path / "experiment.py", path / "__init__.py")
-        for file in (path,) if path.suffix == ".py" else inside if path.is_dir() else ():
-            if file.is_file() and _is_experiment(file):
-                found.setdefault(path.stem, file)
-    return found
-
-
-def _is_experiment(file: Path) -> bool:
-    try:
-        body = ast.parse(file.read_text(encoding="utf-8")).body
-    except (SyntaxError, ValueError, OSError):
-        return False
-    classes = {n.name for n in body if isinstance(n, ast.ClassDef)}
-    functions = {n.name for n in body if isinstance(n, ast.FunctionDef)}
-    return "Config" in classes and "build" in functions
-
-
 def _experiments() -> list[Row]:
+    from jaxcl.experiment_files import known
+
     rows = []
-    for name, file in experiments().items():
-        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        rows.append({"name": name, "about": text.split("\n\n")[0].replace("\n", " "), "file": file.name})
+    for name, file in known().items():
+        about = _about(file)
+        if about is not None:
+            rows.append({"name": name, "about": about, "file": file.name})
     return rows
+
+
+def _about(file: Path) -> str | None:
+    """First paragraph of an experiment's docstring; None for files that define no ``Config`` and ``build``.
+    The file is parsed, not run."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return None
+    names = {n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    text = ast.get_docstring(tree) or ""
+    return " ".join(text.split("\n\n")[0].split()) if {"Config", "build"} <= names else None
 
 
 class Table(NamedTuple):

@@ -12,7 +12,7 @@ from samples import write_run
 from jaxcl.errors import RequestError
 from jaxcl.metrics.bootstrap import differences, intervals, resampled_means
 from jaxcl.metrics.matrix_file import read_matrix
-from jaxcl.metrics.score import score
+from jaxcl.metrics.score import score_matrix
 
 ONE = b'{"id": "item0", "score": 1}\n'
 
@@ -25,14 +25,15 @@ def test_interval_of_aa_equals_the_normal_approximation(tmp_path):
     assert reason is None
     p = hits[-1].mean(-1)
     deviation = math.sqrt((p * (1 - p) / 400).sum()) / 3
-    lo, hi = found["aa"]
-    assert lo == pytest.approx(p.mean() - 1.96 * deviation, abs=0.1 * deviation * 1.96)
-    assert hi == pytest.approx(p.mean() + 1.96 * deviation, abs=0.1 * deviation * 1.96)
+    lo_aa, hi_aa = found["aa"]
+    assert lo_aa == pytest.approx(p.mean() - 1.96 * deviation, abs=0.1 * deviation * 1.96)
+    assert hi_aa == pytest.approx(p.mean() + 1.96 * deviation, abs=0.1 * deviation * 1.96)
     gap = hits[3, :2] - hits[[1, 2], [0, 1]]  # paired: the deviation of the differences, not of two sums
     expected = math.sqrt((gap.var(-1) / 400).sum()) / 2
     lo, hi = found["bwt_over_T_minus_1"]
     assert (hi - lo) / (2 * 1.96) == pytest.approx(expected, rel=0.1)
-    assert found["aa"][0] < score(read_matrix(tmp_path), tmp_path)["metrics"]["aa"]["value"] < found["aa"][1]
+    entry = score_matrix(read_matrix(tmp_path), tmp_path)["metrics"]["aa"]
+    assert entry["interval"] == [lo_aa, hi_aa] and lo_aa < entry["value"] < hi_aa
     assert intervals(read_matrix(tmp_path), tmp_path) == (found, None)  # seeded
 
 

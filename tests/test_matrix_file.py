@@ -10,23 +10,23 @@ from samples import R, card_file
 from jaxcl.errors import RequestError
 from jaxcl.metrics import matrix_file
 from jaxcl.metrics.matrix_file import read_matrix, write_matrix
-from jaxcl.metrics.score import score
+from jaxcl.metrics.score import score_matrix
 
 
 def test_file_round_trip_and_unfinished_run(tmp_path):
     path = tmp_path / "matrix.json"
     write_matrix(path, card_file())
     full = read_matrix(tmp_path)
-    assert not full.partial and score(full)["metrics"]["aa"]["value"] == pytest.approx(0.7325)
+    assert not full.partial and score_matrix(full)["metrics"]["aa"]["value"] == pytest.approx(0.7325)
     write_matrix(path, full)
     assert json.loads(path.read_text())["rows"] == R
     write_matrix(path, card_file(rows=[*R[:2]]))
-    part = score(read_matrix(path))
+    part = score_matrix(read_matrix(path))
     assert part["partial"] and part["stages_done"] == 2 and part["stages"] == 4
     assert part["metrics"]["aa"]["value"] == pytest.approx((0.70 + 0.90) / 2)  # tasks seen so far only
     assert part["metrics"]["fgt_max"]["value"] == pytest.approx(0.10)
     write_matrix(path, card_file(rows=[]))
-    none = score(read_matrix(path))["metrics"]
+    none = score_matrix(read_matrix(path))["metrics"]
     assert all(v["value"] is None and v["reason"] for v in none.values())
     assert list(tmp_path.iterdir()) == [path]  # no scratch file left
 

@@ -15,7 +15,7 @@ from samples import JOINT, R0, RANDOM, SINGLE, R, card_file
 from jaxcl.errors import RequestError
 from jaxcl.metrics.matrix import METRICS, cl_metrics, explain, make_scores, over_runs, series
 from jaxcl.metrics.matrix_file import parse_matrix
-from jaxcl.metrics.score import score
+from jaxcl.metrics.score import score_matrix
 
 CARD = {  # the values printed in the card, each worked out by hand there
     "aa": 0.7325,
@@ -109,7 +109,7 @@ def test_losses_are_negated_first():
         "row0": [2.9, 3.3, 3.6],
         "rows": [[2.0, 3.2, 3.5], [2.4, 2.1, 3.3], [2.6, 2.5, 2.2]],
     }
-    found = score(parse_matrix(nll, "nll"))
+    found = score_matrix(parse_matrix(nll, "nll"))
     assert "negated" in found["sign"]
     assert found["metrics"]["fgt_max"]["value"] == pytest.approx(0.5)
     assert found["metrics"]["bwt_over_T_minus_1"]["value"] == pytest.approx(-0.5)
@@ -207,7 +207,7 @@ def test_general_and_probe_evals_are_drift_not_tasks():
     obj["rows"] = [[*r, 0.40, 0.02, 0.55, 2.5] for r in R]
     for k in ("random", "single", "joint"):
         obj[k] = [*obj[k], None, None, None, None]
-    found = score(parse_matrix(obj, "x"))
+    found = score_matrix(parse_matrix(obj, "x"))
     for name, value in CARD.items():
         assert found["metrics"][name]["value"] == pytest.approx(value, abs=1e-6)
     assert found["drift"]["mean_delta"]["general"]["value"] == pytest.approx(-0.123333333, abs=1e-6)
@@ -217,5 +217,5 @@ def test_general_and_probe_evals_are_drift_not_tasks():
 def test_evals_of_different_scale_are_not_averaged():
     obj = card_file()
     obj["evals"][1]["range"] = [0, 100]
-    found = score(parse_matrix(obj, "x"))
+    found = score_matrix(parse_matrix(obj, "x"))
     assert all(v["value"] is None and "different scale" in v["reason"] for v in found["metrics"].values())

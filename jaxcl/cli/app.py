@@ -25,7 +25,7 @@ class Group(click.Group):
 
 @click.group(cls=Group, invoke_without_command=True)
 @click.version_option(package_name="jaxcl", message="jaxcl %(version)s")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks and logs; accepted anywhere.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Tracebacks and logs; accepted anywhere.")
 @click.pass_context
 def app(ctx: click.Context) -> Any:
     """Continual learning for large language models: methods as small pure functions that compose.

@@ -17,14 +17,15 @@ from jaxcl.cli.terminal import cell, console, plain_table
 def score(matrix: str, as_json: bool) -> None:
     """Every metric of an accuracy matrix, by name.
 
-    Each name says its convention. MATRIX.json may also be a run directory; then intervals come from its predictions.
+    Each name says its convention. MATRIX.json may also be a run directory; its predictions then give
+    intervals.
 
     \b
     Example:
       jaxcl score runs/first/matrix.json --json
     """
     from jaxcl.metrics.matrix_file import read_matrix
-    from jaxcl.metrics.score import score as score_matrix
+    from jaxcl.metrics.score import score_matrix
 
     path = Path(matrix)
     document = score_matrix(read_matrix(path), path if path.is_dir() else None)

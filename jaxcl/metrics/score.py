@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxcl.metrics.matrix import METRICS, Scores, explain, make_scores, series
-from jaxcl.metrics.matrix_file import BASELINES, Matrix
+from jaxcl.metrics.matrix_file import BASELINES, Matrix, parse_matrix
 
 
 def task_columns(m: Matrix) -> list[int]:
@@ -69,12 +70,14 @@ def drift(m: Matrix) -> dict[str, Any]:
     return out
 
 
-def score(m: Matrix, run: Path | None = None) -> dict[str, Any]:
-    """Every metric of a matrix as JSON; with a run directory also intervals, where predictions allow them.
+def score_matrix(m: Matrix | Mapping[str, Any], run: Path | None = None) -> dict[str, Any]:
+    """Every metric of a matrix (or of its JSON form) as JSON; with a run directory also intervals, where
+    its predictions allow them. Raises RequestError on a malformed matrix or damaged predictions.
 
     {"schema", "stages", "stages_done", "partial", "sign", "metrics": {name: {"value", "convention"[,
     "reason"][, "interval": [lo, hi]]}}, "series": {name: [one a stage]}, "drift", "intervals"}.
     """
+    m = m if isinstance(m, Matrix) else parse_matrix(m, "matrix")
     scores, blocked = task_scores(m), mixed(m)
     found = explain(scores)
     metrics: dict[str, Any] = {}
