@@ -252,8 +252,9 @@ def test_counting_by_hand():
 
 
 def test_a_stage_has_no_test_rows_to_reach(sources):
-    stage = Stage("new", sources[1])
-    assert list(vars(stage)) == ["name", "train"]
+    stage = Stage("new", sources[1], ("new/test",))
+    assert vars(stage) == {"name": "new", "train": sources[1], "evals": ("new/test",)}
+    assert not any("test" in name for name in dir(stage.train))
     with pytest.raises(RequestError, match="stage 'none' has no training rows"):
         Stage("none", Rows("none", [], lambda i: {}, str))
     with pytest.raises(RequestError, match="id 'x' occurs twice"):

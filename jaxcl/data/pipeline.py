@@ -124,7 +124,9 @@ class _Group:
         held = [(i, s) for i, s in streams if len(s.rows) and s.share > 0]
         self.numbers = [i for i, _ in held]
         self.streams = [s for _, s in held]
-        self.rows = [(None, None) if isinstance(s.rows, tuple) else _rows(i, s, sources) for i, s in held]
+        self.rows: list[tuple[Any, Any]] = [
+            (None, None) if isinstance(s.rows, tuple) else _rows(i, s, sources) for i, s in held
+        ]
         self.sequences: Sequence[np.ndarray] = []
 
     def example(self, stream: int, position: int) -> Example:

@@ -34,10 +34,11 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A name and the rows to train on."""
+    """A name, the rows to train on, and the ids of the evals that it teaches (names, not rows)."""
 
     name: str
     train: Source
+    evals: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.train):

@@ -1,0 +1,84 @@
+"""What an evaluation is: a fixed set of test rows and a function that scores a model on them.
+
+Test rows live here and nowhere else; training reads stages, which hold none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxcl.errors import RequestError
+
+Item = dict[str, Any]
+"""{'id', 'prediction', 'score'}: what is kept of one test row."""
+
+
+class Progress(Protocol):
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Eval:
+    """run(view, progress) -> one `Item` per test row, in their order; the eval's score is their mean.
+
+    n: number of test rows. range: the lowest and highest score (math.inf: no bound). role: 'task', 'general'
+    or 'probe'.
+    """
+
+    id: str
+    metric: str
+    n: int
+    run: Callable[[Any, Progress], list[Item]]
+    higher_is_better: bool = True
+    range: tuple[float, float] = (0.0, 1.0)
+    role: str = "task"
+
+
+def score(items: Sequence[Item]) -> float:
+    """Mean of the items' scores: every test row counts the same."""
+    return float(np.mean([item["score"] for item in items], dtype=np.float64))
+
+
+def bucket(length: int, most: int) -> int:
+    """The smallest of 32, 64, 128, ... that holds ``length``, at most ``most``: few shapes."""
+    size = 32
+    while size < length:
+        size *= 2
+    return max(min(size, most), length)
+
+
+def grouped(sizes: Sequence[int], batch_size: int) -> Iterable[tuple[int, list[int]]]:
+    """(size, rows of one batch) over all rows, equal sizes together, the smallest first.
+
+    The last batch of a size may be short; fill it to ``batch_size``, so that every size has one shape.
+    """
+    for size in sorted(set(sizes)):
+        members = [i for i, s in enumerate(sizes) if s == size]
+        for at in range(0, len(members), batch_size):
+            yield size, members[at : at + batch_size]
+
+
+def filled(arrays: Sequence[np.ndarray], batch_size: int) -> np.ndarray:
+    """[batch_size, ...]: the rows, then the first one again where they are too few."""
+    return np.stack([*arrays, *[arrays[0]] * (batch_size - len(arrays))])
+
+
+def accepted(row: dict[str, Any]) -> list[str]:
+    """The answers that count as right."""
+    return row.get("targets") or [row["target"]]
+
+
+def check_items(eval_id: str, rows: Sequence[dict[str, Any]], batch_size: int) -> None:
+    """RequestError where an eval has no rows, an id twice, or a batch size below one."""
+    if not rows:
+        raise RequestError(f"eval {eval_id!r} has no test rows")
+    if batch_size < 1:
+        raise RequestError(f"eval {eval_id!r}: batch_size={batch_size}; accepted: a positive integer")
+    ids = [row["id"] for row in rows]
+    if len(set(ids)) < len(ids):
+        twice = next(i for n, i in enumerate(ids) if i in ids[:n])
+        raise RequestError(f"eval {eval_id!r}: id {twice!r} occurs twice")

@@ -1,0 +1,125 @@
+"""How well a model predicts held-out text: nll per token, bits per byte, or next-token accuracy.
+
+Windowing: a document is preceded by the end-of-sequence token and cut into windows of ``window`` tokens, each
+of which begins with the last token of the one before. So every token of a document is predicted exactly once,
+from the tokens before it in its window. A document is one item.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.core.types import Batch, Params
+from jaxcl.data.encode import encode_text
+from jaxcl.data.pipeline import stack
+from jaxcl.errors import RequestError, unknown
+from jaxcl.evaluate.base import Eval, Item, Progress, check_items
+
+if TYPE_CHECKING:
+    from jaxcl.models.tokenizer import Tokenizer
+
+METRICS = {
+    "nll": (False, (0.0, math.inf)),
+    "bits_per_byte": (False, (0.0, math.inf)),
+    "accuracy": (True, (0.0, 1.0)),
+}
+CHUNK = 64
+"""Positions whose logits exist at a time when the most likely next token is looked up."""
+
+
+def text_nll(
+    eval_id: str,
+    documents: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+    batch_size: int = 16,
+    metric: str = "nll",
+    role: str = "task",
+) -> Eval:
+    """Held-out ``text`` rows scored by ``metric``: 'nll' (nats per token), 'bits_per_byte' (of the UTF-8
+    text) or 'accuracy' (share of tokens that are the most likely one). RequestError: no rows, an empty text,
+    another metric, a window below two tokens.
+    """
+    check_items(eval_id, documents, batch_size)
+    if metric not in METRICS:
+        raise unknown("metric of held-out text", metric, METRICS)
+    if window < 2:
+        raise RequestError(f"eval {eval_id!r}: window={window}; accepted: at least 2 tokens")
+    for row in documents:
+        if not row["text"]:
+            raise RequestError(f"eval {eval_id!r}: row {row['id']!r} has no text")
+    better, bounds = METRICS[metric]
+    run = _Text(documents, tokenizer, window, batch_size, metric)
+    return Eval(eval_id, metric, len(documents), run, higher_is_better=better, range=bounds, role=role)
+
+
+def window_ids(ids: Sequence[int], start: int, window: int) -> list[list[int]]:
+    """``ids`` after the token ``start``, in windows that overlap by one token."""
+    whole = [start, *ids]
+    return [whole[at : at + window] for at in range(0, len(whole) - 1, window - 1)]
+
+
+def token_scores(apply: Any, head: Any, spec: Any, params: Params, batch: Batch) -> jax.Array:
+    """f32[B,T]: nll of each token given those before it."""
+    return apply(spec, params, batch).nll
+
+
+def token_hits(apply: Any, head: Any, spec: Any, params: Params, batch: Batch) -> jax.Array:
+    """f32[B,T]: 1 where token t is the most likely one after the tokens before it, else 0."""
+    hidden, tokens = apply(spec, params, batch).hidden, batch["tokens"]
+    rows, length = tokens.shape
+    parts = -(-length // CHUNK)
+    at = jnp.minimum(jnp.arange(parts * CHUNK), length - 1).reshape(parts, CHUNK)
+    best = functools.partial(_best, head, spec, params, hidden)
+    guess = jax.lax.map(best, at).swapaxes(0, 1).reshape(rows, -1)[:, :length]
+    return jnp.pad((guess[:, :-1] == tokens[:, 1:]).astype(jnp.float32), ((0, 0), (1, 0)))
+
+
+def _best(head: Any, spec: Any, params: Params, hidden: jax.Array, at: jax.Array) -> jax.Array:
+    everywhere = jnp.broadcast_to(at, (hidden.shape[0], len(at)))
+    return jnp.argmax(head(spec, params, hidden, everywhere), axis=-1)
+
+
+class _Text:
+    """The evaluator: all windows have one shape, so it compiles once."""
+
+    def __init__(
+        self, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, window: int, batch_size: int, metric: str
+    ) -> None:
+        self.rows, self.batch_size, self.metric = list(rows), batch_size, metric
+        self.window, self.tokenizer = window, tokenizer
+
+    @functools.cached_property
+    def windows(self) -> list[tuple[int, dict[str, Any]]]:
+        """(document, example) of every window."""
+        return [
+            (i, encode_text(part, self.window, pad=self.tokenizer.pad_id, row=i))
+            for i, row in enumerate(self.rows)
+            for part in window_ids(self.tokenizer.encode(row["text"]), self.tokenizer.eos_id, self.window)
+        ]
+
+    def __call__(self, view: Any, progress: Progress) -> list[Item]:
+        fn = token_hits if self.metric == "accuracy" else token_scores
+        sums, counts = np.zeros(len(self.rows)), np.zeros(len(self.rows))
+        for at in range(0, len(self.windows), self.batch_size):
+            part = self.windows[at : at + self.batch_size]
+            examples = [example for _, example in part]
+            batch = stack(examples + [examples[0]] * (self.batch_size - len(part)))
+            values = np.asarray(view.call(fn, batch), np.float64)
+            for (i, example), row in zip(part, values):
+                sums[i] += row @ example["weight"]
+                counts[i] += example["weight"].sum()
+            progress(part[-1][0] + 1, len(self.rows))
+        if self.metric == "bits_per_byte":
+            counts = np.array([len(row["text"].encode()) for row in self.rows]) * math.log(2)
+        return [
+            {"id": r["id"], "prediction": None, "score": s / c} for r, s, c in zip(self.rows, sums, counts)
+        ]
