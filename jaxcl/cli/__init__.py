@@ -27,9 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = [a for a in args if a != "--debug"]
     try:
         with quiet(enabled=not debug):
-            status = app.main(args, prog_name="jaxcl", standalone_mode=False, obj={"debug": debug})
+            with app.make_context("jaxcl", args, obj={"debug": debug}) as context:
+                status = app.invoke(context)
             sys.stdout.flush()
             return int(status or 0)
+    except click.exceptions.Exit as e:  # --help and --version
+        return e.exit_code
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -38,6 +38,9 @@ def run(
     Example:
       jaxcl run olora_order1 --set method=replay --data data
     """
+    from jaxcl.experiment_files import find
+
+    find(experiment)  # a misspelt name is answered before jax is imported
     from jaxcl.core.run import run_experiment
 
     return run_experiment(experiment, list(overrides), data, out, obj["debug"])
