@@ -114,15 +114,14 @@ def accumulated(one: Callable, batch: Batch, key: jax.Array, parts: int) -> tupl
         i, rows = part
         grads, aux = one(rows, jax.random.fold_in(key, i))
         nll = aux.get("out", {}).pop("nll", None)
-        weight = aux["weight"]
+        weight = aux["weight"] + 1e-12  # where a batch has no target at all, penalties still count, in equal shares
         scaled = jax.tree.map(lambda x: x * weight.astype(x.dtype), (grads, aux["terms"]))
         plain = {k: v for k, v in aux.items() if k != "terms"}
         total = jax.tree.map(jnp.add, carry, (scaled[0], {"terms": scaled[1], **plain}))
         return total, nll
 
     (grads, aux), stacked = jax.lax.scan(body, zeros, (jnp.arange(parts), micro))
-    # Without any target the penalties still count: every micro-batch then weighs the same.
-    total = jnp.maximum(aux["weight"], jnp.finfo(jnp.float32).tiny)
+    total = aux["weight"] + parts * 1e-12
     grads = jax.tree.map(lambda x: x / total.astype(x.dtype), grads)
     aux["terms"] = jax.tree.map(lambda x: x / total, aux["terms"])
     if nll is not None:

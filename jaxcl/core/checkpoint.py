@@ -1,0 +1,225 @@
+"""Checkpoints on disk: flat dicts of arrays through Orbax, a manifest of hashes beside each, references to what did not change.
+
+Orbax commits a save by a rename and loads a flipped byte without a word; so every committed entry gets a manifest
+(size and SHA-256 of each file), written last, and an entry without one does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxcl.errors import RunFailed
+
+Arrays = Mapping[str, Any]
+_MANIFEST = ".manifest.json"
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file())
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a small file so that a kill leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+class Store:
+    """Entries under one folder. An array already written (the same object) is stored as a reference.
+
+    At most one save is under way; the next one, `wait` and `load` join it first, and raise RunFailed if it failed.
+    """
+
+    def __init__(self, root: Path, process: int = 0):
+        self.root, self.process = root, process
+        self._known: dict[int, tuple[weakref.ref, str, str]] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._intact: dict[str, str] = {}  # entry -> '' or what is wrong with it
+
+    # writing
+
+    def adopt(self, entry: str, arrays: Arrays) -> None:
+        """Declares that these arrays can be had as ``entry`` (of this store, or ``'source'``: the given weights)."""
+        for key, a in arrays.items():
+            if isinstance(a, jax.Array):
+                self._known[id(a)] = (weakref.ref(a), entry, key)
+        self._known = {i: v for i, v in self._known.items() if v[0]() is not None}
+
+    def save(self, entry: str, arrays: Arrays, meta: Mapping[str, Any], data: Any = None) -> None:
+        """Starts writing an entry: ``arrays`` (device or numpy), ``meta`` (JSON) and a grain iterator."""
+        self.wait()
+        fresh, refs = {}, {}
+        for key, a in arrays.items():
+            known = self._known.get(id(a))
+            if known is not None and known[0]() is a and known[1] != entry:
+                refs[key] = [known[1], known[2]]
+            else:
+                fresh[key] = a
+        parts: dict[str, Any] = {
+            "arrays": {k: v for k, v in fresh.items() if isinstance(v, jax.Array)},
+            "host": {k: v for k, v in fresh.items() if not isinstance(v, jax.Array)},
+            "data": data,
+        }
+        parts = {k: v for k, v in parts.items() if v is not None and (k == "data" or v)}
+        parts = parts or {"host": {"empty": np.zeros(1, np.int8)}}  # Orbax refuses to save nothing
+        content = {"meta": dict(meta), "refs": refs, "parts": {k: sorted(v) for k, v in parts.items() if k != "data"}}
+        path = self.root / entry
+        self._manifest(entry).unlink(missing_ok=True)
+        try:
+            response = ocp.save_checkpointables_async(path, parts, overwrite=True)
+        except Exception as e:
+            raise RunFailed(f"could not save {path}: {e}") from e
+        self._thread = threading.Thread(target=self._finish, args=(entry, response, content), daemon=True)
+        self._thread.start()
+        self.adopt(entry, fresh)
+        self._intact.pop(entry, None)
+
+    def _finish(self, entry: str, response: Any, content: dict) -> None:
+        try:
+            response.result()
+            if self.process == 0:
+                folder = self.root / entry
+                files = {str(f.relative_to(folder)): [f.stat().st_size, _digest(f)] for f in _files(folder)}
+                body = json.dumps({**content, "files": files}, sort_keys=True)
+                seal = hashlib.sha256(body.encode()).hexdigest()
+                write_atomic(self._manifest(entry), json.dumps({"sha256": seal, "body": body}))
+        except BaseException as e:
+            self._failure = e
+
+    def wait(self) -> None:
+        """Joins the save under way. Raises RunFailed when it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise RunFailed(f"could not save a checkpoint under {self.root}: {failure}") from failure
+
+    # reading
+
+    def _manifest(self, entry: str) -> Path:
+        return self.root / (entry + _MANIFEST)
+
+    def entries(self) -> list[str]:
+        """Names of all committed entries, sorted."""
+        found = self.root.rglob("*" + _MANIFEST)
+        return sorted(str(f.relative_to(self.root))[: -len(_MANIFEST)] for f in found)
+
+    def read(self, entry: str) -> dict[str, Any]:
+        """The entry's manifest: meta, refs, files. Raises ValueError when it is unreadable."""
+        outer = json.loads(self._manifest(entry).read_text(encoding="utf-8"))
+        body = outer["body"]
+        if hashlib.sha256(body.encode()).hexdigest() != outer["sha256"]:
+            raise ValueError("its manifest was altered")
+        return json.loads(body)
+
+    def damage(self, entry: str) -> str:
+        """'' when every file of the entry, and of the entries it refers to, is as written; else what is wrong."""
+        if entry == "source":
+            return ""
+        if entry not in self._intact:
+            self._intact[entry] = "it refers to itself"
+            self._intact[entry] = self._examine(entry)
+        return self._intact[entry]
+
+    def _examine(self, entry: str) -> str:
+        folder = self.root / entry
+        try:
+            content = self.read(entry)
+            for name, (size, digest) in content["files"].items():
+                file = folder / name
+                if not file.is_file():
+                    return f"{name} is missing"
+                if file.stat().st_size != size or _digest(file) != digest:
+                    return f"{name} is not what was written"
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            return f"unreadable manifest: {e}"
+        for other in sorted({ref[0] for ref in content["refs"].values()}):
+            if why := self.damage(other):
+                return f"it builds on {other}: {why}"
+        return ""
+
+    def load(self, entry: str, place: Callable[[str, tuple[int, ...]], Any], source: Arrays) -> dict[str, Any]:
+        """All arrays of an entry, references followed. ``place(key, shape)`` gives a device array's sharding."""
+        self.wait()
+        content = self.read(entry)
+        by_entry: dict[str, dict[str, str]] = {entry: {k: k for ks in content["parts"].values() for k in ks}}
+        for key, (other, theirs) in content["refs"].items():
+            by_entry.setdefault(other, {})[key] = theirs
+        out: dict[str, Any] = {}
+        for other, keys in by_entry.items():
+            found = source if other == "source" else self._load_own(other, set(keys.values()), keys, place)
+            for key, theirs in keys.items():
+                out[key] = found[theirs]
+            if other != "source":
+                self.adopt(other, {theirs: found[theirs] for theirs in keys.values()})
+        out.pop("empty", None)
+        return out
+
+    def _load_own(self, entry: str, wanted: set[str], keys: Mapping[str, str], place: Callable) -> dict[str, Any]:
+        path = self.root / entry
+        names = {theirs: key for key, theirs in keys.items()}
+        found: dict[str, Any] = {}
+        parts = self.read(entry)["parts"]
+        if wanted & set(parts.get("arrays", ())):
+            meta = ocp.metadata(path, checkpointable_name="arrays").metadata
+            abstract = {
+                k: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place(names[k], m.shape)) if k in wanted else ...
+                for k, m in meta.items()
+            }
+            abstract = {k: ocp.PLACEHOLDER if v is ... else v for k, v in abstract.items()}
+            found |= ocp.load(path, abstract, checkpointable_name="arrays")
+        if wanted & set(parts.get("host", ())):
+            found |= {k: np.asarray(v) for k, v in ocp.load(path, checkpointable_name="host").items()}
+        return found
+
+    def load_data(self, entry: str, iterator: Any) -> Any:
+        """The grain iterator, moved to where it was when the entry was saved."""
+        return ocp.load_checkpointables(self.root / entry, {"data": iterator})["data"]
+
+    # tidying
+
+    def delete(self, entry: str) -> None:
+        """Removes an entry; the manifest first, so that a kill in between leaves nothing that looks whole."""
+        self._manifest(entry).unlink(missing_ok=True)
+        shutil.rmtree(self.root / entry, ignore_errors=True)
+        self._known = {i: v for i, v in self._known.items() if v[1] != entry}
+        self._intact.pop(entry, None)
+
+    def sweep(self) -> None:
+        """Removes what a killed save left behind: Orbax's temporary folders."""
+        for tmp in list(self.root.rglob("*.orbax-checkpoint-tmp*")):
+            shutil.rmtree(tmp, ignore_errors=True)
+
+    def closure(self, entries: set[str]) -> set[str]:
+        """The entries together with all that they refer to, directly or not."""
+        todo, seen = list(entries), set()
+        while todo:
+            entry = todo.pop()
+            if entry in seen or entry == "source":
+                continue
+            seen.add(entry)
+            todo += [ref[0] for ref in self.read(entry)["refs"].values()]
+        return seen

@@ -1,0 +1,60 @@
+"""The train step, compiled ahead from abstract inputs, once per distinct phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcl.core.experiment import Experiment
+from jaxcl.core.sharding import Placement
+from jaxcl.core.signals import Compilations
+from jaxcl.core.step import make_step
+from jaxcl.core.types import Fixed, Phase, State
+
+
+class StepCache:
+    """Compiled steps of a run, by everything that is static: spec, phase, methods, shapes, shardings."""
+
+    def __init__(self, exp: Experiment):
+        self.exp = exp
+        self.compilations = Compilations()
+        self._compiled: dict[Any, Callable] = {}
+        self._inits: dict[Any, Callable] = {}
+
+    def with_optimizer(self, state: State, phase: Phase, placement: Placement) -> State:
+        """The state with the optimizer's state: fresh, or carried on where the phase says so and the leaves fit."""
+        tx = phase.tx or self.exp.tx
+        like = jax.eval_shape(tx.init, state.train)
+        if not phase.reset_opt and state.opt is not None and _shapes(like) == _shapes(state.opt):
+            return state
+        key = (id(tx), _shapes(state.train))
+        if key not in self._inits:
+            self._inits[key] = jax.jit(tx.init, out_shardings=placement.tree(like))
+        return State(state.clock, state.train, self._inits[key](state.train), state.live)
+
+    def get(self, state: State, fixed: Fixed, phase: Phase, spec: Any, placement: Placement, data: Any) -> Callable:
+        """``step(state, fixed, batch, seed)``, compiled before the first batch is trained on. State is donated."""
+        position = data.get_state()
+        batch = placement.batch(next(data))  # for its shapes only: the iterator goes back at once
+        data.set_state(position)
+        exp = self.exp
+        key = (spec, phase.objective, phase.active, id(phase.tx or exp.tx), _shapes((state, fixed, batch)))
+        if key not in self._compiled:
+            step = make_step(exp.model.apply, spec, exp.methods, exp.tx, phase, exp.accumulate)
+
+            def train_step(state: State, fixed: Fixed, batch: Any, seed: Any) -> Any:
+                return step(state, fixed, batch, seed)
+
+            of = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
+            ins = (of(state), of(fixed), of(batch), placement.replicated)
+            jitted = jax.jit(train_step, donate_argnums=0, in_shardings=ins, out_shardings=(of(state), placement.replicated))
+            self._compiled[key] = jitted.lower(state, fixed, batch, np.uint32(0)).compile()
+        return self._compiled[key]
+
+
+def _shapes(tree: Any) -> Any:
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    return treedef, tuple((np.shape(x), str(x.dtype), str(getattr(x, "sharding", ""))) for x in leaves)

@@ -1,0 +1,173 @@
+"""The stage loop. Read it top to bottom; copy it into an experiment when you need another order of things.
+
+A stage: `begin` of all methods in list order, the votes of `mask`, `init` of those without memory, `plan`, the
+phases, `end` of all in reverse order, evaluation. Everything between phases is a pure function of what the
+journal holds, so that repeating it after a kill is harmless.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcl.core import compose, journal
+from jaxcl.core.between import Between, row_ids
+from jaxcl.core.checkpoint import Store
+from jaxcl.core.compiled import StepCache
+from jaxcl.core.experiment import Experiment
+from jaxcl.core.measure import Measurements
+from jaxcl.core.paths import merge, split
+from jaxcl.core.progress import Reporter
+from jaxcl.core.rundir import RunDir
+from jaxcl.core.signals import StopRequest
+from jaxcl.core.types import Clock, Fixed, Phase, State
+from jaxcl.core.view import View
+from jaxcl.data.pipeline import phase_steps, pipeline
+from jaxcl.errors import RunFailed
+
+
+class Loop:
+    """One run of an experiment in a run directory. After `run`, ``now`` holds the last world and memories."""
+
+    def __init__(self, exp: Experiment, rundir: RunDir, reporter: Reporter, stop: StopRequest, config: dict):
+        exp.check()
+        compose.check_names(exp.methods)
+        self.exp, self.dir, self.reporter, self.stop, self.config = exp, rundir, reporter, stop, config
+        self.now = Between(exp, stop.check)
+        self.compiled = StepCache(exp)
+        self.source = dict(self.now.world.params)
+        self.store = Store(rundir.checkpoints, jax.process_index())
+        self.store.adopt("source", journal.flatten(self.source, "params"))
+        self.measure = Measurements(exp, rundir, View(exp.model, exp.methods, self.now.batch), reporter, stop)
+        self.opt: Any = None  # carried over where a phase does not reset it
+        self.step = 0  # of the whole run, as of the phase's start
+
+    def run(self) -> None:
+        """All stages that are not done yet. Raises Interrupted, RunFailed, RequestError."""
+        entry = journal.newest(self.store, self.reporter.say) if self.dir.checkpoints.exists() else None
+        at = self._restore(entry) if entry else None
+        if at is None:
+            self.now.begin(0)
+            self.now.plan(0)  # what cannot be trained is refused before anything is written
+            self.dir.create(self.config)
+            self.dir.open_log(0)
+            self.measure.start(self.source, self.exp.model.spec)
+        for i in range(at.stage if at else 0, len(self.exp.stages)):
+            here = at if at is not None and at.stage == i else None
+            if here is None or here.kind != "stage":
+                self._stage(i, here, begun=at is None and i == 0)
+        self.store.wait()
+        self.measure.finish(self.compiled.compilations)
+        self.dir.close()
+
+    def _stage(self, i: int, at: journal.At | None, begun: bool) -> None:
+        if at is None and not begun:
+            self.now.begin(i)
+        j = 0 if at is None else at.phase + (at.kind == "done")
+        while j < len(phases := self.now.plan(j)):  # again at each phase's start: a plan may read what happened
+            self._phase(i, j, phases[j], at if at is not None and (at.phase, at.kind != "done") == (j, True) else None)
+            j += 1
+        self.now.end()
+        self.measure.row(i, self.now, Clock.at(self.step, i, j, 0, 1))
+        self._save(journal.entry_name(i))
+        self.store.wait()
+        journal.prune(self.store, i, self.exp.keep)
+
+    def _phase(self, i: int, j: int, phase: Phase, at: journal.At | None) -> None:
+        exp, now = self.exp, self.now
+        begun = journal.entry_name(i, j, phase.name, "begun")
+        if at is None:
+            self._save(begun)
+        steps = phase_steps(phase, now.sources, exp.batch_size, seed=(exp.seed, i, j), pack=exp.pack)
+        train, frozen = split(now.world.params, compose.narrow(now.world.trained, phase))
+        fixed = Fixed(frozen, now.device("fixed"))
+        state = State(Clock.at(self.step, i, j, 0, steps), train, self.opt, now.device("live"))
+        state = self.compiled.with_optimizer(now.placement.put(state, copy=True), phase, now.placement)
+        now.world, self.opt, train = now.world._replace(params=frozen), None, {}  # the state owns them now
+        data = pipeline(
+            now.sources, phase.streams, stage=i, phase=j, batch_size=exp.batch_size, steps=steps, seed=exp.seed,
+            epochs=phase.epochs, pack=exp.pack, process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        if at is not None and at.kind == "step":
+            entry = journal.entry_name(i, j, phase.name, "step", at.step)
+            arrays = self.store.load(entry, now.place, {})
+            state, data = journal.unflatten_like(state, arrays, "state"), self.store.load_data(entry, data)
+        done = first = int(state.clock.phase_step)
+        step = self.compiled.get(state, fixed, phase, now.world.spec, now.placement, data)
+        self.reporter.start(f"{exp.stages[i].name} {phase.name}", steps, done)
+        started, pending = time.monotonic(), None
+        while done < steps:
+            due = exp.save_every and done % exp.save_every == 0 and done > first
+            if due or self.stop.requested:  # before the next batch is taken, so that state and iterator agree
+                pending = self._log(pending, i, phase)
+                started = self.measure.lap(i, "train", started)
+                entry = journal.entry_name(i, j, phase.name, "step", self.step + done)
+                meta = {"begun": begun, **self._meta()}
+                self.store.save(entry, journal.flatten(state, "state"), meta, data)
+                if self.stop.requested:
+                    self.store.wait()
+                    self.stop.check()
+                journal.prune(self.store, i, exp.keep)
+            batch = next(data)
+            state, metrics = step(state, fixed, now.batch(batch), np.uint32(exp.seed))
+            self._log(pending, i, phase)  # of the step before, while this one runs
+            pending = (done, metrics, batch)
+            done += 1
+        self._log(pending, i, phase)
+        self.reporter.stop()
+        self.measure.lap(i, "train", started)
+        self.measure.count(phase, steps, i)
+        self.step += steps
+        now.world = now.world._replace(params=merge(frozen, state.train))
+        for name, live in state.live.items():
+            now.owns[name]["live"] = live
+        self.opt = None if exp.reset_opt else state.opt
+        if phase.after is not None:
+            now.world = phase.after(now.world)
+        self._save(journal.entry_name(i, j, phase.name, "done"))
+
+    def _log(self, pending: tuple | None, i: int, phase: Phase) -> None:
+        """Fetches a step's metrics, refuses to go on with what is not finite, writes the log."""
+        if pending is None:
+            return
+        done, metrics, batch = pending
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        bad = ", ".join(f"{k}={v}" for k, v in values.items() if not math.isfinite(v))
+        if bad:
+            self.reporter.stop()
+            self.store.wait()
+            raise RunFailed(
+                f"{bad} in stage {self.exp.stages[i].name!r}, phase {phase.name!r}, step {self.step + done} (items "
+                f"{', '.join(row_ids(batch, phase, self.now.sources))}); the last good checkpoint is kept under "
+                f"{self.dir.checkpoints}"
+            )
+        if done % self.exp.log_every == 0:
+            self.dir.log({"step": self.step + done, "stage": i, "phase": phase.name, **values})
+        self.reporter.update(done + 1, f"loss {values['loss']:.3f}")
+
+    def _meta(self) -> dict[str, Any]:
+        self.dir.flush()
+        return {"step": self.step, "log_bytes": self.dir.log_bytes, "measured": self.measure.state()}
+
+    def _save(self, entry: str) -> None:
+        arrays, meta = self.now.pack(self.opt)
+        self.store.save(entry, arrays, {**meta, **self._meta()})
+
+    def _restore(self, entry: str) -> journal.At:
+        """Takes world, memories, log and measurements from an entry; a step's state follows in its phase."""
+        meta = self.store.read(entry)["meta"]
+        at, begun = journal.position(entry), meta.get("begun", entry)
+        assert at is not None
+        source = journal.flatten(self.source, "params")
+        load = lambda place: self.store.load(begun, place, source)  # noqa: E731
+        self.opt = self.now.unpack(load, self.store.read(begun)["meta"], at.stage)
+        self.step = meta["step"]
+        self.dir.create(self.config)
+        self.dir.open_log(meta["log_bytes"])
+        self.measure.restore(meta["measured"])
+        self.reporter.say(f"continuing after {entry}")
+        return at

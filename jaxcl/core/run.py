@@ -1,0 +1,109 @@
+"""`jaxcl run`: from an experiment's name to a finished, or continued, run directory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcl import experiment_files
+from jaxcl.core.config import as_json, override, short_hash
+from jaxcl.core.experiment import Experiment
+from jaxcl.core.loop import Loop
+from jaxcl.core.progress import Reporter
+from jaxcl.core.rundir import RunDir, differences
+from jaxcl.core.signals import StopRequest
+from jaxcl.errors import RequestError
+
+_PACKAGES = ("jaxcl", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def run_experiment(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    data: str | None = None,
+    out: str | None = None,
+    debug: bool = False,
+) -> int:
+    """Runs or continues an experiment; returns 0. Raises JaxclError with the exit status otherwise."""
+    if data is not None:
+        if not Path(data).is_dir():
+            raise RequestError(f"--data {data}: no such directory")
+        os.environ["JAXCL_DATA"] = data
+    module = experiment_files.load(name_or_path)
+    cfg = override(module.Config(), overrides)
+    name = Path(name_or_path).stem if name_or_path.endswith(".py") else Path(name_or_path).name
+    name = Path(name_or_path).resolve().parent.name if name == "experiment" else name
+    plain = as_json(cfg)
+    folder = Path(out) if out else Path("runs") / name / short_hash(plain)
+    train(module.build(cfg), folder, name=name, config=plain)
+    return 0
+
+
+def train(exp: Experiment, out: Path, *, name: str = "run", config: Any = None, reporter: Reporter | None = None) -> Loop | None:
+    """Trains an experiment in a run directory, continuing what is there. None when it was finished already."""
+    reporter = reporter or Reporter()
+    rundir = RunDir(Path(out), jax.process_index())
+    identity = {
+        "experiment": name,
+        "config": config or {},
+        "methods": {m.name: _plain(m.hparams) for m in exp.methods},
+        "source": _plain(exp.source),
+    }
+    rundir.check(identity)
+    old = rundir.read("config.json")
+    facts = {"seed": exp.seed, "versions": _versions(), "commit": _commit(), "devices": [str(d) for d in jax.devices()]}
+    if old is not None and rundir.read("metrics.json") is not None:
+        reporter.say(f"{out} is finished; its numbers are in metrics.json")
+        return None
+    for line in differences(facts, {k: (old or facts).get(k) for k in facts}):
+        reporter.say(f"note: {line}")
+    with StopRequest() as stop:
+        loop = Loop(exp, rundir, reporter, stop, {**identity, **facts})
+        try:
+            loop.run()
+        finally:
+            reporter.stop()
+            rundir.close()
+            loop.compiled.compilations.close()
+    reporter.say(f"done: {out}")
+    return loop
+
+
+def _plain(value: Any) -> Any:
+    import json
+
+    try:
+        return json.loads(json.dumps(dict(value)))
+    except TypeError as e:
+        raise RequestError(f"not a plain value in {dict(value)}: {e}; methods take numbers, strings, lists") from e
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The checkout's commit where jaxcl runs from one, with a mark when it was changed."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if dirty.strip() else "") if head else None

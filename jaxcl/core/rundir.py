@@ -1,0 +1,135 @@
+"""A run directory: config.json, matrix.json, metrics.json, predictions/, log.jsonl, checkpoints/."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcl.core.checkpoint import write_atomic
+from jaxcl.errors import RequestError, RunFailed
+
+
+def dump(value: Any) -> str:
+    """JSON as we write it everywhere: stable order as given, no NaN."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def differences(ours: Any, theirs: Any, at: str = "") -> list[str]:
+    """One line per leaf that differs between two JSON values."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        keys = [*ours, *(k for k in theirs if k not in ours)]
+        return [d for k in keys for d in differences(ours.get(k), theirs.get(k), f"{at}.{k}" if at else str(k))]
+    return [] if ours == theirs else [f"{at} is {json.dumps(theirs)} there and {json.dumps(ours)} here"]
+
+
+class RunDir:
+    """Files of one run. Only process 0 writes; nothing is made before `create`."""
+
+    def __init__(self, path: Path, process: int = 0):
+        self.path, self.writes = path, process == 0
+        self.log_bytes = 0
+        self._log: Any = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def read(self, name: str) -> Any:
+        """The JSON of one of our files, None where it is absent. RequestError when it is not JSON."""
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise RequestError(f"{file} is not JSON ({e}); remove the directory or choose another --out") from e
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Refuses a directory that belongs to something else. ``config``: what must be equal to continue."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"--out {self.path} is a file; give a directory")
+        old = self.read("config.json")
+        if old is None:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise RequestError(f"--out {self.path} is not empty and holds no run; give a new directory")
+            return
+        found = differences(config, {k: old.get(k) for k in config})
+        if found:
+            more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+            raise RequestError(
+                f"--out {self.path} holds a run of another config: {'; '.join(found[:3])}{more}; give another directory"
+            )
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Makes the directory and writes config.json, unless it is there."""
+        if not self.writes:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "predictions").mkdir(exist_ok=True)
+            if not (self.path / "config.json").exists():
+                write_atomic(self.path / "config.json", dump(config))
+        except OSError as e:
+            raise RequestError(f"cannot write to --out {self.path}: {e.strerror}") from e
+
+    def write(self, name: str, value: Any) -> None:
+        """One of our JSON files, replaced at once."""
+        if self.writes:
+            try:
+                write_atomic(self.path / name, dump(value))
+            except OSError as e:
+                raise RunFailed(f"cannot write {self.path / name}: {e.strerror}") from e
+
+    # the log
+
+    def open_log(self, size: int) -> None:
+        """Continues the log at ``size`` bytes; what a killed process wrote after its last save is cut off."""
+        if not self.writes:
+            return
+        file = self.path / "log.jsonl"
+        self._log = file.open("r+b" if file.exists() else "w+b")
+        self._log.truncate(size)
+        self._log.seek(size)
+        self.log_bytes = size
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Appends one object; it reaches the disk with the next `flush`."""
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self.log_bytes += len(line)
+        if self._log is not None:
+            self._log.write(line)
+
+    def flush(self) -> None:
+        """To the disk, before a checkpoint claims these bytes."""
+        if self._log is not None:
+            self._log.flush()
+            os.fsync(self._log.fileno())
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    # measurements
+
+    def write_predictions(self, eval_id: str, row: int, items: Sequence[Mapping[str, Any]]) -> None:
+        """predictions/<eval>.row<k>.jsonl.gz, row 0 being the model before any training."""
+        if not self.writes:
+            return
+        file = self.path / "predictions" / f"{eval_id.replace('/', '__')}.row{row}.jsonl.gz"
+        temporary = file.with_name(file.name + ".tmp")
+        with temporary.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as f:
+            for item in items:
+                f.write(json.dumps(item, ensure_ascii=False).encode() + b"\n")
+        temporary.replace(file)
+
+
+def mean_score(items: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean of the items' scores; None where there is none to take it over or one is not finite."""
+    scores = [float(i["score"]) for i in items]
+    return sum(scores) / len(scores) if scores and all(map(math.isfinite, scores)) else None

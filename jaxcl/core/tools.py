@@ -1,0 +1,125 @@
+"""What methods may use between phases: batches and means over training rows, through the wrapped model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.core import compose
+from jaxcl.core.paths import merge, split
+from jaxcl.core.types import Batch, Clock, Method, Model, Outputs, Params, Tools, World
+from jaxcl.errors import RequestError
+
+
+class Forward:
+    """``forward(train, batch) -> Outputs`` without dropout, differentiable in ``train``; taps by keyword."""
+
+    def __init__(self, model: Model, apply: Any, spec: Any, frozen: Params):
+        self.model, self.apply, self.spec, self.frozen = model, apply, spec, frozen
+
+    def __call__(self, train: Params, batch: Batch, *, taps: tuple[str, ...] = ()) -> Outputs:
+        return self.apply(self.spec, merge(self.frozen, train), batch, taps=taps)
+
+    def logits(self, train: Params, out: Outputs, at: jax.Array) -> jax.Array:
+        """f32[B,N,V]: logits of the token after each position ``at`` i32[B,N]."""
+        return self.model.head(self.spec, merge(self.frozen, train), out.hidden, at)
+
+
+class Toolbox:
+    """Makes `Tools` for a World; keeps what is compiled over all stages of a run."""
+
+    def __init__(self, model: Model, methods: Sequence[Method], sources: Sequence[Any], batch_size: int, place: Any):
+        self.model, self.methods, self.sources = model, tuple(methods), sources
+        self.batch_size, self.place = batch_size, place
+        self._mean: dict[Any, Callable] = {}
+
+    def tools(self, world: World | None, owns: dict[str, Any], stop: Callable[[], None] = lambda: None) -> Tools:
+        """The tools as of ``world``; ``stop`` is called between batches and may raise."""
+
+        def batches(stage: int, n: int | None = None) -> Iterator[Batch]:
+            self._check(world, stage)
+            seed = np.random.default_rng([int(x) for x in np.ravel(jax.random.key_data(world.key))] if world else 0)
+            size = len(self.sources[stage])
+            rows = seed.permutation(size)[: size if n is None else min(n, size)]
+            yield from self._batches(stage, np.sort(rows), stop)
+
+        def mean(fn: Callable, n: int | None, key: jax.Array) -> Any:
+            assert world is not None
+            return self._mean_over(fn, world, owns, batches(world.stage, n), key)
+
+        return Tools(
+            batches=batches,
+            mean=mean,
+            size=lambda stage: len(self.sources[stage]),
+            labels=lambda stage: self._labels(world, stage),
+        )
+
+    def _check(self, world: World | None, stage: int) -> None:
+        if world is not None and stage != world.stage:
+            raise RequestError(
+                f"rows of stage {stage} asked for in stage {world.stage}; past data opens only through keeps and streams"
+            )
+
+    def _labels(self, world: World | None, stage: int) -> np.ndarray:
+        self._check(world, stage)
+        source = self.sources[stage]
+        return np.array([source.label(i) for i in range(len(source))])
+
+    def _batches(self, stage: int, rows: np.ndarray, stop: Callable[[], None]) -> Iterator[Batch]:
+        source = self.sources[stage]
+        for start in range(0, len(rows), self.batch_size):
+            stop()
+            part = rows[start : start + self.batch_size]
+            examples = [source[int(i)] for i in part]
+            batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+            fill = self.batch_size - len(part)  # the last batch has the shape of all others, its spare rows no weight
+            batch = {k: np.concatenate([v, np.repeat(v[:1], fill, 0)]) for k, v in batch.items()}
+            batch["weight"][len(part) :] = 0.0
+            batch["row"] = np.concatenate([part, np.full(fill, -1)]).astype(np.int32)
+            batch["source"] = np.zeros(self.batch_size, np.int32)
+            yield batch
+
+    def _mean_over(self, fn: Callable, world: World, owns: dict, batches: Iterator[Batch], key: jax.Array) -> Any:
+        train, frozen = split(world.params, world.trained)
+        fixed = {k: v.get("fixed") for k, v in owns.items()}
+        live = {k: v.get("live") for k, v in owns.items()}
+        cached = (fn, world.spec, world.trained)
+        if cached not in self._mean:
+            self._mean[cached] = self._compile_mean(fn, world.spec)
+        total, count = None, 0
+        for i, batch in enumerate(batches):
+            real = int(np.sum(batch["row"] >= 0))
+            part = self._mean[cached](
+                train, frozen, fixed, live, Clock.at(stage=world.stage), self.place(batch), jax.random.fold_in(key, i)
+            )
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+            count += real
+        if total is None:
+            raise RequestError(f"stage {world.stage} has no rows to take a mean over")
+        return jax.tree.map(lambda x: x / np.float32(count), total)
+
+    def _compile_mean(self, fn: Callable, spec: Any) -> Callable:
+        model, methods = self.model, self.methods
+
+        def total(train: Params, frozen: Params, fixed: dict, live: dict, clock: Clock, batch: Batch, key: Any) -> Any:
+            apply = compose.wrapped(model.apply, methods, fixed, live, clock)
+            forward = Forward(model, apply, spec, frozen)
+
+            def one(carry: Any, item: tuple) -> tuple[Any, None]:
+                i, row = item
+                row = jax.tree.map(lambda x: x[None], row)
+                value = fn(forward, train, row, jax.random.fold_in(key, i))
+                real = (row["row"][0] >= 0).astype(jnp.float32)
+                return jax.tree.map(lambda c, v: c + real * v.astype(jnp.float32), carry, value), None
+
+            first = jax.tree.map(lambda x: x[:1], batch)
+            shape = jax.eval_shape(lambda: fn(forward, train, first, key))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shape)
+            size = jax.tree.leaves(batch)[0].shape[0]
+            return jax.lax.scan(one, zeros, (jnp.arange(size), batch))[0]
+
+        return jax.jit(total)
