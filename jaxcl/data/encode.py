@@ -77,6 +77,21 @@ def fit_prompt(row: dict[str, Any], template: Template, tokenizer: Tokenizer, ro
     return ids
 
 
+def check_frames(
+    rows: Sequence[dict[str, Any]], rooms: Sequence[int], template: Template, tokenizer: Tokenizer
+) -> None:
+    """RequestError, as in `fit_prompt`, where some row's prompt would not fit its room even without an input.
+
+    Every distinct instruction with its options is looked at once, so this is cheap before a long run.
+    """
+    seen = set()
+    for row, room in zip(rows, rooms):
+        frame = (row["task"], row["instruction"], *(row.get("labels") or ()), room)
+        if frame not in seen:
+            seen.add(frame)
+            fit_prompt(row | {"input": ""}, template, tokenizer, room)
+
+
 def _common_start(a: str, b: str) -> str:
     n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return a[:n]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from jaxcl.data.encode import Example, encode, encode_text, fit_prompt, target_ids
+from jaxcl.data.encode import Example, check_frames, encode, encode_text, fit_prompt, target_ids
 from jaxcl.data.template import Template
 from jaxcl.errors import RequestError
 
@@ -166,7 +166,6 @@ def _check_fit(
     window: int,
     k: int,
 ) -> None:
-    checked: set[tuple[str, ...]] = set()
     for row in records:
         length = len(targets[row["target"]])
         if length >= window or length > k:
@@ -175,7 +174,4 @@ def _check_fit(
                 f"row {row['id']!r}: its target has {length} tokens with the end mark, at most {most} fit "
                 f"(window {window}, targets per row {k})"
             )
-        frame = (row["instruction"], *(row.get("labels") or ()), row["task"], str(length))
-        if frame not in checked:
-            checked.add(frame)
-            fit_prompt(row | {"input": ""}, template, tokenizer, window - length)
+    check_frames(records, [window - len(targets[row["target"]]) for row in records], template, tokenizer)

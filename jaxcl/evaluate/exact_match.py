@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcl.data.encode import fit_prompt, target_ids
+from jaxcl.data.encode import check_frames, fit_prompt, target_ids
 from jaxcl.data.template import Template
 from jaxcl.errors import RequestError, unknown
 from jaxcl.evaluate.base import Eval, Item, Progress, accepted, bucket, check_items, filled, grouped
@@ -80,6 +80,7 @@ class _ExactMatch:
     ) -> None:
         self.rows, self.tokenizer, self.template, self.rule = list(rows), tokenizer, template, rule
         self.room, self.batch_size = window - max_new, batch_size
+        check_frames(rows, [self.room] * len(rows), template, tokenizer)
         self.prompts: list[list[int]] = []
         self.write = _writer(max_new, tokenizer.eos_id, tokenizer.pad_id)
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxcl.core.types import Batch, Params
-from jaxcl.data.encode import fit_prompt, target_ids
+from jaxcl.data.encode import check_frames, fit_prompt, target_ids
 from jaxcl.data.template import Template
 from jaxcl.errors import RequestError, nearest, unknown
 from jaxcl.evaluate.base import Eval, Item, Progress, accepted, bucket, check_items, filled, grouped
@@ -83,7 +83,7 @@ def label_block(last: int, start: int, labels: Sequence[Sequence[int]], size: in
 
 
 class _Ranking:
-    """The evaluator: prompts and labels are encoded at the first run and kept."""
+    """The evaluator: labels are encoded at once, prompts at the first run; both are kept."""
 
     def __init__(
         self,
@@ -96,12 +96,17 @@ class _Ranking:
     ) -> None:
         self.rows, self.tokenizer, self.template = list(rows), tokenizer, template
         self.window, self.batch_size, self.normalise = window, batch_size, normalise
+        known = {label for row in rows for label in row["labels"]}
+        ids = {label: target_ids({"target": label}, template, tokenizer) for label in known}
+        self.labels = [[ids[label] for label in row["labels"]] for row in rows]
+        self.rooms = [window - max(len(label) for label in labels) for labels in self.labels]
+        check_frames(rows, self.rooms, template, tokenizer)
         self.prompts: list[list[int]] = []
-        self.labels: list[list[list[int]]] = []
-        self.ids: dict[str, list[int]] = {}
 
     def __call__(self, view: Any, progress: Progress) -> list[Item]:
-        self._encode()
+        if not self.prompts:
+            pairs = zip(self.rows, self.rooms)
+            self.prompts = [fit_prompt(row, self.template, self.tokenizer, room) for row, room in pairs]
         items: list[Item] = [{}] * len(self.rows)
         sizes = [bucket(len(p) - 1, self.window) for p in self.prompts]
         tokens = max(sum(1 + len(label) for label in labels) for labels in self.labels)
@@ -114,22 +119,6 @@ class _Ranking:
             done += len(members)
             progress(done, len(self.rows))
         return items
-
-    def _encode(self) -> None:
-        if self.prompts:
-            return
-        prompts = []
-        for row in self.rows:
-            labels = [self._label(label) for label in row["labels"]]
-            room = self.window - max(len(label) for label in labels)
-            prompts.append(fit_prompt(row, self.template, self.tokenizer, room))
-            self.labels.append(labels)
-        self.prompts = prompts
-
-    def _label(self, label: str) -> list[int]:
-        if label not in self.ids:
-            self.ids[label] = target_ids({"target": label}, self.template, self.tokenizer)
-        return self.ids[label]
 
     def _batch(self, members: Sequence[int], size: int, block_size: int) -> tuple[Batch, Batch]:
         prompts, blocks = [], []
