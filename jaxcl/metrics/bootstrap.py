@@ -98,6 +98,8 @@ def differences(
     """({metric: (lo, hi) of run b minus run a on the same items}, None), or ({}, the reason)."""
     if a[0].evals != b[0].evals or a[0].stages != b[0].stages:
         raise RequestError(f"{a[1]} and {b[1]} have different stages or evals; accepted: runs of one stream")
+    if len(a[0].rows) != len(b[0].rows):
+        return {}, "one run has more stages done than the other"
     if mixed(a[0]):
         return {}, mixed(a[0])
     boot, reason = resampled_matrices([a[0], b[0]], [a[1], b[1]], resamples, seed)
