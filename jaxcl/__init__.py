@@ -1,0 +1,43 @@
+"""jaxcl: continual learning for large language models in JAX, as small pure functions that compose.
+
+Everything is imported on first use, so that ``jaxcl --help`` does not wait for JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "jaxcl.core.types": "Batch Budget Clock Ctx Fixed Method Model Outputs Params Phase State Stream World method weighted_nll",
+    "jaxcl.core.experiment": "Experiment",
+    "jaxcl.core.step": "make_step",
+    "jaxcl.core.run": "run_experiment train",
+    "jaxcl.data.stage": "Stage",
+    "jaxcl.methods.ewc": "ewc",
+    "jaxcl.methods.finetune": "finetune",
+    "jaxcl.methods.inclora": "inclora",
+    "jaxcl.methods.joint": "joint",
+    "jaxcl.methods.lora": "lora",
+    "jaxcl.methods.olora": "olora",
+    "jaxcl.methods.replay": "replay",
+    "jaxcl.models.decoder": "decoder",
+    "jaxcl.models.from_flax": "from_flax",
+    "jaxcl.transforms.mofo": "mofo scale_by_mofo",
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'jaxcl' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,38 @@
+"""Penalties on parameters, as plain functions of flat (or any) dicts of arrays. All sums are in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+def quadratic(params: Mapping, anchor: Mapping, weight: Mapping) -> jax.Array:
+    """1/2 sum_i weight_i (params_i - anchor_i)^2 over the keys of ``weight`` (Kirkpatrick et al. 2017, eq. 3).
+
+    Entries with an extra leading axis (several anchors) are summed over it. Returns f32[].
+    """
+    total = jnp.zeros((), jnp.float32)
+    for key, w in weight.items():
+        if key in params:
+            difference = params[key].astype(jnp.float32) - anchor[key].astype(jnp.float32)
+            total += jnp.sum(w.astype(jnp.float32) * jnp.square(difference))
+    return 0.5 * total
+
+
+def orthogonality(new: jax.Array, bank: jax.Array, norm: str = "l1") -> jax.Array:
+    """Overlap of a new adapter's rows with those of a bank (Wang et al. 2023, O-LoRA).
+
+    new: [..., r, in]; bank: [..., S, r, in], empty slots zero. ``l1``: sum |A_old A^T| entrywise (the reference
+    code); ``l2sq``: sum of its squares (the paper). Returns f32[].
+    """
+    overlap = jnp.einsum("...sri,...qi->...srq", bank.astype(jnp.float32), new.astype(jnp.float32))
+    return jnp.sum(jnp.abs(overlap) if norm == "l1" else jnp.square(overlap))
+
+
+def frobenius(x: jax.Array, axes: int = 2) -> jax.Array:
+    """Sum over leading axes of the Frobenius norm of the last ``axes`` axes; its gradient at 0 is 0. f32[]."""
+    square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(-axes, 0)))
+    safe = jnp.where(square > 0, square, 1.0)
+    return jnp.sum(jnp.where(square > 0, jnp.sqrt(safe), 0.0))
