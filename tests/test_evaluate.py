@@ -1,0 +1,234 @@
+"""Exact match against a plain greedy loop, text scores against numpy, packing against separate rows."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcl.core.types import Stream
+from jaxcl.core.view import View
+from jaxcl.data.pipeline import pipeline
+from jaxcl.data.stage import instruct_source, text_source
+from jaxcl.errors import RequestError
+from jaxcl.evaluate.base import score
+from jaxcl.evaluate.exact_match import RULES, exact_match
+from jaxcl.evaluate.nll import text_nll, token_hits, window_ids
+from jaxcl.models.decoder import decoder
+from jaxcl.models.spec import tiny
+
+WIDTH = 96
+
+
+class Bytes:
+    """One token a byte; 256 ends a sequence."""
+
+    eos_id, pad_id, vocab_size = 256, 0, 257
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def view() -> View:
+    model = decoder(tiny(vocab=257, layers=2))
+    params = model.init(model.spec, jax.random.key(1))
+    params = {k: v * 6 if "embed" in k else v * 5 if "attn/" in k else v for k, v in params.items()}
+    return View(model).at(model.spec, params, {}, {}, None)
+
+
+@pytest.fixture(scope="module")
+def logits(view):
+    """logits(ids) -> f64[len(ids), V] by one plain forward of a fixed width, without cache or targets."""
+
+    @jax.jit
+    def run(params, batch):
+        hidden = view.model.apply(view.spec, params, batch).hidden
+        return view.model.head(view.spec, params, hidden, np.arange(WIDTH)[None])
+
+    def of(ids):
+        pad = (0, WIDTH - len(ids))
+        batch = {
+            "tokens": np.pad(np.int32(ids), pad)[None],
+            "segments": np.pad(np.ones(len(ids), np.int32), pad)[None],
+            "positions": np.pad(np.arange(len(ids), dtype=np.int32), pad)[None],
+        }
+        return np.asarray(run(view.params, batch), np.float64)[0, : len(ids)]
+
+    return of
+
+
+def greedy(logits, prompt: list[int], most: int) -> list[int]:
+    written: list[int] = []
+    while len(written) < most:
+        token = int(np.argmax(logits(prompt + written)[-1]))
+        if token == Bytes.eos_id:
+            break
+        written.append(token)
+    return written
+
+
+def rows(n: int) -> list[dict]:
+    return [
+        {
+            "task": "t",
+            "id": str(i),
+            "instruction": f"Continue {i}.\n",
+            "input": "ab" * (i * 3),
+            "target": "?" * 7,
+        }
+        for i in range(n)
+    ]
+
+
+def test_exact_match_writes_what_a_plain_loop_writes(view, logits):
+    tests = rows(9)
+    answers = []
+    for i, row in enumerate(tests):
+        prompt = list(f"{row['instruction']}{row['input']}\nAnswer:".encode())
+        answers.append(Bytes().decode(greedy(logits, prompt, 8)))
+        if i % 3 == 0:
+            row["target"] = answers[i].strip() or "-"
+        if i % 3 == 1:
+            row["targets"] = ["nothing", answers[i] + " "]
+    seen = []
+    made = exact_match("t", tests, Bytes(), window=WIDTH, batch_size=4, max_new=8)
+    items = made.run(view, lambda done, total: seen.append((done, total)))
+    assert [i["prediction"] for i in items] == [a.strip() for a in answers]
+    assert len(set(answers)) > 2
+    for i, item in enumerate(items):
+        accepted = tests[i].get("targets") or [tests[i]["target"]]
+        assert item["id"] == str(i)
+        assert item["score"] == float(answers[i].strip() in {a.strip() for a in accepted})
+    assert 0 < score(items) < 1
+    assert seen[-1] == (9, 9)
+    assert (made.metric, made.n, made.range) == ("exact_match_strict", 9, (0.0, 1.0))
+
+
+def test_the_rules_of_exact_match():
+    assert RULES["strict"](" Family & Relationships\n") == "Family & Relationships"
+    assert RULES["lenient"](" Family &  Relationships.\n") == "family relationships"
+    assert RULES["strict"]("World") != RULES["strict"]("world")
+
+
+@pytest.mark.parametrize(
+    ("kw", "words"),
+    [
+        ({"rule": "Strict"}, "unknown rule of exact match 'Strict'; did you mean 'strict'"),
+        ({"max_new": 0}, "answers of 0 tokens; accepted: 1 to 63"),
+        ({"window": 9}, "answers of 9 tokens; accepted: 1 to 8"),
+        ({"window": 24}, "row '0': instruction, options and answer mark need 20 tokens, 15 are left"),
+        ({"rows": []}, "eval 't' has no test rows"),
+    ],
+)
+def test_exact_match_refuses(kw, words):
+    kw = {"window": 64, **kw}
+    with pytest.raises(RequestError, match=words):
+        exact_match("t", kw.pop("rows", rows(1)), Bytes(), **kw)
+
+
+TEXTS = ["A first text, of some length.", "b", "ünïcode 世界", "the end " * 9]
+
+
+def test_windows_overlap_by_one_token():
+    assert window_ids([1, 2, 3, 4, 5], 9, 3) == [[9, 1, 2], [2, 3, 4], [4, 5]]
+    assert window_ids([1, 2], 9, 3) == [[9, 1, 2]]
+
+
+@pytest.mark.parametrize("metric", ["nll", "bits_per_byte", "accuracy"])
+@pytest.mark.parametrize("window", [17, 80])
+def test_text_scores_equal_numpy(view, logits, metric, window):
+    documents = [{"id": f"d{i}", "text": t} for i, t in enumerate(TEXTS)]
+    made = text_nll("held", documents, Bytes(), window=window, batch_size=3, metric=metric)
+    items = made.run(view, lambda *_: None)
+    for item, text in zip(items, TEXTS):
+        ids, nll, hits = [256, *text.encode()], [], []
+        for start in range(0, len(ids) - 1, window - 1):
+            part = ids[start : start + window]
+            z = logits(part)[:-1]
+            z = z - z.max(-1, keepdims=True)
+            nll += list(np.log(np.exp(z).sum(-1)) - z[np.arange(len(part) - 1), part[1:]])
+            hits += list(z.argmax(-1) == np.array(part[1:]))
+        assert len(nll) == len(text.encode())
+        expected = {
+            "nll": np.mean(nll),
+            "bits_per_byte": np.sum(nll) / math.log(2) / len(text.encode()),
+            "accuracy": np.mean(hits),
+        }[metric]
+        assert item["score"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert made.higher_is_better == (metric == "accuracy") and made.n == 4
+    assert math.isinf(made.range[1]) == (metric != "accuracy")
+
+
+def test_next_token_hits_across_chunks(view, logits):
+    ids = np.random.default_rng(0).integers(0, 256, (2, 70)).astype(np.int32)
+    best = np.stack([logits(row.tolist()).argmax(-1) for row in ids])
+    ids[:, 1:][:, ::2] = best[:, :-1][:, ::2]  # some right, though what follows them changes
+    ones = np.ones_like(ids)
+    batch = {"tokens": ids, "segments": ones, "positions": np.tile(np.arange(70, dtype=np.int32), (2, 1))}
+    expected = np.stack([logits(row.tolist()).argmax(-1) for row in ids])[:, :-1] == ids[:, 1:]
+    got = np.asarray(view.call(token_hits, batch))
+    assert got.shape == (2, 70) and not got[:, 0].any() and expected.any() and not expected.all()
+    np.testing.assert_array_equal(got[:, 1:], expected)
+
+
+@pytest.mark.parametrize(
+    ("kw", "words"),
+    [
+        ({"metric": "ppl"}, "unknown metric of held-out text 'ppl'; accepted: accuracy, bits_per_byte, nll"),
+        ({"window": 1}, "window=1; accepted: at least 2 tokens"),
+        ({"documents": [{"id": "x", "text": ""}]}, "row 'x' has no text"),
+        ({"documents": []}, "no test rows"),
+    ],
+)
+def test_text_scores_refuse(kw, words):
+    kw = {"documents": [{"id": "d", "text": "x"}], "window": 16, **kw}
+    with pytest.raises(RequestError, match=words):
+        text_nll("held", kw.pop("documents"), Bytes(), **kw)
+
+
+def nll_of(view, batch):
+    return np.asarray(
+        view.call(plain_nll, {k: v for k, v in batch.items() if k not in ("source", "row", "rows")})
+    )
+
+
+def plain_nll(apply, head, spec, params, batch):
+    return apply(spec, params, batch).nll
+
+
+def test_packed_rows_have_the_nll_they_have_alone(view):
+    source = instruct_source("s", rows(8), Bytes(), window=WIDTH)
+    streams = (Stream(0, np.arange(8)),)
+    how = {"stage": 0, "batch_size": 4, "seed": 0}
+    k, alone = source[0]["weight"].shape[0], {}
+    for batch in pipeline([source], streams, steps=2, **how):
+        alone |= dict(zip(batch["row"].tolist(), nll_of(view, batch) * batch["weight"]))
+    seen, shared = set(), 0
+    for batch in pipeline([source], streams, steps=2, pack=3, **how):
+        nll = nll_of(view, batch) * batch["weight"]
+        shared += ((batch["rows"] >= 0).sum(-1) > 1).sum()
+        for i, members in enumerate(batch["rows"].tolist()):
+            for slot, row in enumerate(members):
+                if row >= 0:
+                    np.testing.assert_allclose(nll[i, slot * k : (slot + 1) * k], alone[row], atol=1e-4)
+                    seen.add(row)
+    assert seen == set(alone) == set(range(8)) and shared > 1
+
+
+def test_masked_text_rows_and_first_tokens_have_no_weight(view):
+    source = text_source("book", ["some words to read " * 20], Bytes(), window=WIDTH)
+    (batch,) = pipeline(
+        [source], (Stream(0, np.arange(len(source))),), stage=0, batch_size=6, steps=1, seed=0
+    )
+    nll = nll_of(view, batch)
+    assert nll.shape == batch["weight"].shape == (6, WIDTH)
+    assert (batch["row"] < 0).sum() == 6 - len(source) and not batch["weight"][batch["row"] < 0].any()
+    # as many targets as tokens that follow another one of their block
+    assert batch["weight"].sum() == 20 * 19 + 1 - len(source)
+    assert (nll[batch["weight"] > 0] > 0).all()
