@@ -90,13 +90,13 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """tokens i32[...] -> kernel rows [..., D]."""
+    """tokens i32[...] -> kernel rows [..., D]; a token outside the vocabulary gives NaN, not another's row."""
 
     def __init__(self, view: View):
         self.kernel = nnx.Param(view["kernel"])
 
     def __call__(self, tokens: jax.Array, dtype: str) -> jax.Array:
-        return self.kernel[...][tokens].astype(dtype)
+        return jnp.take(self.kernel[...], tokens, axis=0).astype(dtype)
 
 
 class Attention(nnx.Module):

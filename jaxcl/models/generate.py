@@ -50,6 +50,7 @@ def generate(
     """
     if temperature > 0.0 and key is None:
         raise RequestError(f"temperature is {temperature} without a key; accepted: 0 or a key")
+    prompts, lengths = jnp.asarray(prompts, jnp.int32), jnp.asarray(lengths, jnp.int32)
     rows, width = prompts.shape
     stops = jnp.array(tuple(stop_ids) or (-1,), jnp.int32)
     extra = batch or {}

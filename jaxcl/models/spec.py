@@ -118,6 +118,8 @@ def _checked(segments: Sequence, layers: int) -> Segments:
 
 
 def tiny(vocab: int = 259, layers: int = 4, width: int = 32, **overrides) -> DecoderSpec:
-    """A byte model that trains in seconds: 256 bytes, bos, eos, pad."""
+    """A byte model that trains in seconds: 256 bytes, bos, eos, pad. At this width 0.02 is too small an init:
+    after 300 steps the loss is 2.00 instead of 1.66 nats a byte (best of three learning rates each)."""
     sizes = {"heads": 4, "kv_heads": 2, "head_dim": max(2, width // 4), "mlp": 3 * width, "context": 1024}
-    return DecoderSpec(vocab=vocab, width=width, layers=layers, **{**sizes, **overrides})
+    values = {**sizes, "init_std": 0.1, **overrides}
+    return DecoderSpec(vocab=vocab, width=width, layers=layers, **values)
