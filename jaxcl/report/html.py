@@ -43,8 +43,9 @@ def picture(light: bytes, dark: bytes, alt: str) -> Html:
     def data(png: bytes) -> str:
         return "data:image/png;base64," + base64.b64encode(png).decode()
 
+    width = round(int.from_bytes(light[16:20], "big") * 96 / 150)  # drawn at 150 dpi, a page has 96
     other = tag("source", srcset=data(dark), media="(prefers-color-scheme: dark) and (not print)")
-    return tag("picture", other, tag("img", src=data(light), alt=alt))
+    return tag("picture", other, tag("img", src=data(light), alt=alt, width=width))
 
 
 def details(summary: str, *inside: Any) -> Html:

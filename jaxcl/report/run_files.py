@@ -136,15 +136,16 @@ def flatten(value: Any, at: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         items = [(str(k), v) for k, v in value.items()]
     elif isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
-        items = [(_label(v, i), v) for i, v in enumerate(value)]
+        items = [_labelled(v, i) for i, v in enumerate(value)]
     else:
         return {at: value}
     return {k: leaf for key, v in items for k, leaf in flatten(v, f"{at}.{key}" if at else key).items()}
 
 
-def _label(item: Any, index: int) -> str:
-    named = isinstance(item, dict) and "stage" in item
-    return str(item["stage"] or "before training") if named else str(index)
+def _labelled(item: Any, index: int) -> tuple[str, Any]:
+    if not (isinstance(item, dict) and "stage" in item):
+        return str(index), item
+    return str(item["stage"] or "before training"), {k: v for k, v in item.items() if k != "stage"}
 
 
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
