@@ -185,6 +185,22 @@ def test_grain_checks_the_iterator(sources):
     grain.experimental.assert_equal_output_after_checkpoint(Made())
 
 
+def test_the_iterator_is_saved_and_restored_by_orbax(sources, tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    def fresh():
+        return pipeline(sources, (rows_of(1, 33),), stage=1, batch_size=4, steps=9, seed=5)
+
+    first = fresh()
+    for _ in range(3):
+        next(first)
+    ocp.save_checkpointables(tmp_path / "saved", {"data": first})
+    second = fresh()
+    ocp.load_checkpointables(tmp_path / "saved", {"data": second})
+    for a, b in zip(first, second, strict=True):
+        same(a, b)
+
+
 @pytest.mark.parametrize("pack", [1, 3])
 def test_processes_share_the_global_batch_without_overlap(sources, pack):
     streams = (rows_of(1, 33), rows_of(0, 20, into="ref"))

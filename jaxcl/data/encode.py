@@ -16,32 +16,34 @@ from jaxcl.errors import RequestError
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
 
+Ids = Sequence[int] | np.ndarray
+
 Example = dict[str, Any]
 """One row without a batch axis: tokens, segments, positions i32[T]; targets_at i32[K] and weight f32[K], or
 weight f32[T] alone for plain text; row i32[]."""
 
 
 def encode(
-    prompt: Sequence[int], target: Sequence[int], window: int, k: int, *, pad: int = 0, row: int = -1
+    prompt: Ids, target: Sequence[int], window: int, k: int, *, pad: int = 0, row: int = -1
 ) -> Example:
     """Prompt and target ids as one example; ``targets_at``: where each target token stands (0: unused slot).
 
     RequestError where prompt and target are longer than the window T or the target longer than K.
     """
     length = len(prompt) + len(target)
-    if length > window or len(target) > k or not prompt:
+    if length > window or len(target) > k or not len(prompt):
         raise RequestError(
             f"row {row}: a prompt of {len(prompt)} and a target of {len(target)} tokens do not fit "
             f"into a window of {window} tokens with room for {k} targets after at least one token of prompt"
         )
-    example = _row(list(prompt) + list(target), window, pad, row)
+    example = _row([*prompt, *target], window, pad, row)
     targets_at, weight = np.zeros(k, np.int32), np.zeros(k, np.float32)
     targets_at[: len(target)] = np.arange(len(prompt), length)
     weight[: len(target)] = 1.0
     return example | {"targets_at": targets_at, "weight": weight}
 
 
-def encode_text(ids: Sequence[int], window: int, *, pad: int = 0, row: int = -1) -> Example:
+def encode_text(ids: Ids, window: int, *, pad: int = 0, row: int = -1) -> Example:
     """Plain text: every token but the first is a target, ``weight`` f32[T]."""
     if not 0 < len(ids) <= window:
         raise RequestError(f"row {row}: a text of {len(ids)} tokens does not fit into a window of {window}")
@@ -97,7 +99,7 @@ def _common_start(a: str, b: str) -> str:
     return a[:n]
 
 
-def _row(ids: Sequence[int], window: int, pad: int, row: int) -> Example:
+def _row(ids: Ids, window: int, pad: int, row: int) -> Example:
     length = len(ids)
     tokens = np.full(window, pad, np.int32)
     segments, positions = np.zeros(window, np.int32), np.zeros(window, np.int32)

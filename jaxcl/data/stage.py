@@ -46,7 +46,7 @@ class Stage:
 
 
 class Rows:
-    """A `Source` over records in memory; a row is encoded when it is first read and kept.
+    """A `Source` over records in memory; a row becomes arrays each time it is read.
 
     records: dicts with an ``id`` that is unique (RequestError otherwise). encode_row(i) -> Example.
     """
@@ -62,7 +62,6 @@ class Rows:
         self._records = list(records)
         self._encode = encode_row
         self._label = label
-        self._examples: list[Example | None] = [None] * len(self._records)
         if not self._records:
             raise RequestError(f"stage {name!r} has no training rows")
         seen: set[str] = set()
@@ -75,11 +74,7 @@ class Rows:
         return len(self._records)
 
     def __getitem__(self, i: int) -> Example:
-        i = range(len(self))[i]
-        example = self._examples[i]
-        if example is None:
-            example = self._examples[i] = self._encode(i)
-        return example
+        return self._encode(range(len(self))[i])
 
     def label(self, i: int) -> str:
         return self._label(self._records[i])
@@ -110,11 +105,14 @@ def instruct_source(
     k = max((len(ids) for ids in targets.values()), default=0) if k is None else k
     _check_fit(records, targets, template, tokenizer, window, k)
 
+    prompts: dict[int, np.ndarray] = {}  # tokenised once; the padded arrays would be many times as large
+
     def encode_row(i: int) -> Example:
-        row = records[i]
-        target = targets[row["target"]]
-        prompt = fit_prompt(row, template, tokenizer, window - len(target))
-        return encode(prompt, target, window, k, pad=tokenizer.pad_id, row=i)
+        target = targets[records[i]["target"]]
+        if i not in prompts:
+            ids = fit_prompt(records[i], template, tokenizer, window - len(target))
+            prompts[i] = np.array(ids, np.int32)
+        return encode(prompts[i], target, window, k, pad=tokenizer.pad_id, row=i)
 
     return Rows(name, records, encode_row, lambda row: row["target"] if row.get("labels") else name)
 
@@ -128,14 +126,16 @@ def text_source(
 ) -> Rows:
     """Documents (``text`` rows or strings) one after another, an end-of-sequence token after each, cut into
     blocks of ``window`` tokens; the last block may be shorter. A block's label is the name."""
-    ids: list[int] = []
-    for document in documents:
-        ids += tokenizer.encode(document if isinstance(document, str) else document["text"])
-        ids.append(tokenizer.eos_id)
+    texts = [document if isinstance(document, str) else document["text"] for document in documents]
+    parts = [np.array([*tokenizer.encode(text), tokenizer.eos_id], np.int32) for text in texts]
+    ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     blocks = [ids[at : at + window] for at in range(0, len(ids), window)]
     if len(blocks) > 1 and len(blocks[-1]) == 1:  # a single token predicts nothing
         blocks.pop()
-    records = [{"id": f"{name}-{i}", "task": name, "text": tokenizer.decode(b)} for i, b in enumerate(blocks)]
+    records = [
+        {"id": f"{name}-{i}", "task": name, "text": tokenizer.decode(b.tolist())}
+        for i, b in enumerate(blocks)
+    ]
     pad = tokenizer.pad_id
     return Rows(name, records, lambda i: encode_text(blocks[i], window, pad=pad, row=i), lambda _: name)
 
