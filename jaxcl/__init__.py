@@ -11,7 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "jaxcl.core.types": "Batch Budget Clock Ctx Fixed Method Model Outputs Params Phase State Stream World method weighted_nll",
+    "jaxcl.core.types": "Batch Budget Clock Ctx Fixed Method Model Outputs Params Phase State Stream World "
+    "method weighted_nll",
     "jaxcl.core.experiment": "Experiment",
     "jaxcl.core.step": "make_step",
     "jaxcl.core.run": "run_experiment train",

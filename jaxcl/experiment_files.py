@@ -36,7 +36,8 @@ def find(name_or_path: str) -> Path:
         path = Path(name_or_path)
         path = path / "experiment.py" if path.is_dir() else path
         if not path.is_file():
-            raise RequestError(f"no experiment file at {name_or_path!r}; give a Python file or one of: {', '.join(known())}")
+            names = ", ".join(known())
+            raise RequestError(f"no experiment file at {name_or_path!r}; give a Python file or one of: {names}")
         return path
     files = known()
     if name_or_path not in files:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: flat dicts of arrays through Orbax, a manifest of hashes beside each, references to what did not change.
+"""Checkpoints: flat dicts of arrays through Orbax, a manifest of hashes beside each, references to what did not change.
 
 Orbax commits a save by a rename and loads a flipped byte without a word; so every committed entry gets a manifest
 (size and SHA-256 of each file), written last, and an entry without one does not exist.

@@ -50,7 +50,8 @@ class StepCache:
 
             of = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
             ins = (of(state), of(fixed), of(batch), placement.replicated)
-            jitted = jax.jit(train_step, donate_argnums=0, in_shardings=ins, out_shardings=(of(state), placement.replicated))
+            outs = (of(state), placement.replicated)
+            jitted = jax.jit(train_step, donate_argnums=0, in_shardings=ins, out_shardings=outs)
             self._compiled[key] = jitted.lower(state, fixed, batch, np.uint32(0)).compile()
         return self._compiled[key]
 

@@ -93,7 +93,7 @@ def _text(value: Any) -> str:
 
 
 def _name(kind: Any) -> str:
-    return getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "")
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def as_json(config: Any) -> dict[str, Any]:

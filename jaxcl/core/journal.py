@@ -149,7 +149,7 @@ def pack_world(world: World, owns: Mapping[str, Any], opt: Any = None) -> tuple[
     if opt is not None:
         arrays |= flatten(opt, "opt")
     meta = {
-        "spec": dataclasses.asdict(world.spec) if dataclasses.is_dataclass(world.spec) else None,
+        "spec": dataclasses.asdict(world.spec) if dataclasses.is_dataclass(world.spec) else None,  # type: ignore[arg-type]
         "shapes": {k: [list(v.shape), str(v.dtype)] for k, v in world.params.items()},
         "trained": sorted(world.trained),
         "notes": dict(world.notes),

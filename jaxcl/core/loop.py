@@ -103,7 +103,8 @@ class Loop:
         while done < steps:
             due = exp.save_every and done % exp.save_every == 0 and done > first
             if due or self.stop.requested:  # before the next batch is taken, so that state and iterator agree
-                pending = self._log(pending, i, phase)
+                self._log(pending, i, phase)
+                pending = None
                 started = self.measure.lap(i, "train", started)
                 entry = journal.entry_name(i, j, phase.name, "step", self.step + done)
                 meta = {"begun": begun, **self._meta()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -85,7 +86,8 @@ class Measurements:
         self.account["steps"] += steps
         self.account["forward_passes"] += steps * self.exp.batch_size
         self.account["backward_passes"] += steps * self.exp.batch_size
-        past = {(s.stage, int(r)) for s in phase.streams if s.stage < stage and isinstance(s.rows, np.ndarray) for r in s.rows}
+        opened = [s for s in phase.streams if s.stage < stage and isinstance(s.rows, np.ndarray)]
+        past = {(s.stage, int(r)) for s in opened for r in s.rows}
         self.account["past_rows_read"] = max(len(past), self.account.get("past_rows_read", 0))
 
     def _account_memory(self, world: World, owns: Mapping[str, Own]) -> None:
@@ -113,9 +115,16 @@ class Measurements:
     def matrix(self) -> dict[str, Any]:
         """The matrix file's content; rows not measured yet are left out."""
         evals = [
-            {"id": e.id, "metric": e.metric, "higher_is_better": e.higher_is_better, "range": list(e.range), "n": e.n, "role": e.role}
+            {
+                "id": e.id,
+                "metric": e.metric,
+                "higher_is_better": e.higher_is_better,
+                "range": [b if math.isfinite(b) else None for b in e.range],
+                "n": e.n,
+                "role": e.role,
+            }
             for e in self.exp.evals
-        ]  # fmt: skip
+        ]
         stages = [{"name": s.name, "evals": list(s.evals)} for s in self.exp.stages]
         row0 = self.row0 if self.row0 is not None else [None] * len(evals)
         chance = [getattr(e, "chance", None) for e in self.exp.evals]

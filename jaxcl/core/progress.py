@@ -7,7 +7,15 @@ import time
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Reporter:
@@ -17,7 +25,7 @@ class Reporter:
         self.quiet, self.every = quiet, every
         self.console = Console(file=sys.stdout, highlight=False)
         self._bar: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
         self._last = 0.0
         self._label, self._total = "", 0
 

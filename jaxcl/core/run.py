@@ -46,7 +46,9 @@ def run_experiment(
     return 0
 
 
-def train(exp: Experiment, out: Path, *, name: str = "run", config: Any = None, reporter: Reporter | None = None) -> Loop | None:
+def train(
+    exp: Experiment, out: Path, *, name: str = "run", config: Any = None, reporter: Reporter | None = None
+) -> Loop | None:
     """Trains an experiment in a run directory, continuing what is there. None when it was finished already."""
     reporter = reporter or Reporter()
     rundir = RunDir(Path(out), jax.process_index())
@@ -102,8 +104,9 @@ def _commit() -> str | None:
         return None
     git = ["git", "-C", str(here)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10).stdout
+        ask = lambda *words: subprocess.run([*git, *words], capture_output=True, text=True, timeout=10)  # noqa: E731
+        head = ask("rev-parse", "HEAD").stdout.strip()
+        dirty = ask("status", "--porcelain", "-uno").stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+changes" if dirty.strip() else "") if head else None

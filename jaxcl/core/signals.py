@@ -47,9 +47,9 @@ class Compilations:
         self.by_name: dict[str, int] = {}
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, _: float, **details: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            name = str(details.get("fun_name", "?")).removeprefix("jit(").removesuffix(")")
+            name = str(kwargs.get("fun_name", "?")).removeprefix("jit(").removesuffix(")")
             self.by_name[name] = self.by_name.get(name, 0) + 1
 
     @property

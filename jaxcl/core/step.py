@@ -11,7 +11,7 @@ import optax
 
 from jaxcl.core import compose
 from jaxcl.core.paths import merge
-from jaxcl.core.types import Apply, Batch, Clock, Ctx, Fixed, Method, Outputs, Params, Phase, State
+from jaxcl.core.types import Apply, Batch, Clock, Ctx, Fixed, GradFn, Method, Outputs, Params, Phase, State
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[State, Fixed, Batch, Any], tuple[State, Metrics]]
@@ -57,21 +57,22 @@ def make_step(
             named = {"objective": phase.objective(ctx)}
             if with_terms:
                 named |= compose.terms(methods, ctx, owns)
-            aux = {"terms": named, "weight": jnp.sum(ctx.weight)}
+            aux: dict[str, Any] = {"terms": named, "weight": jnp.sum(ctx.weight)}
             if watch:
                 aux["out"] = {"nll": out.nll, "taps": dict(out.taps), "aux": dict(out.aux)}
-            return sum(named.values()), aux
+            return jnp.asarray(sum(named.values())), aux
 
-        def grad_fn(train: Params, batch: Batch, key: jax.Array, *, terms: bool = True) -> tuple[Params, dict]:
+        def base_grad(train: Params, batch: Batch, key: jax.Array, *, terms: bool = True) -> tuple[Params, dict]:
             def one(batch: Batch, key: jax.Array) -> tuple[Params, dict]:
                 (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(train, batch, key, terms)
                 return grads, aux
 
             return one(batch, key) if accumulate == 1 else accumulated(one, batch, key, accumulate)
 
+        grad_fn: GradFn = base_grad
         for m in methods:
             if m.grad is not None:
-                grad_fn = m.grad(grad_fn, owns[m.name], clock)  # type: ignore[assignment]
+                grad_fn = m.grad(grad_fn, owns[m.name], clock)
         key = step_key(seed, clock)
         grads, aux = grad_fn(state.train, batch, key)
         updates, opt = tx.update(grads, state.opt, state.train, clock=clock)
@@ -110,7 +111,7 @@ def accumulated(one: Callable, batch: Batch, key: jax.Array, parts: int) -> tupl
     nll = aux.get("out", {}).pop("nll", None)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, aux))
 
-    def body(carry: tuple, part: tuple) -> tuple:
+    def body(carry: tuple, part: tuple) -> tuple[tuple, Any]:
         i, rows = part
         grads, aux = one(rows, jax.random.fold_in(key, i))
         nll = aux.get("out", {}).pop("nll", None)

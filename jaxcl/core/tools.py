@@ -61,7 +61,8 @@ class Toolbox:
     def _check(self, world: World | None, stage: int) -> None:
         if world is not None and stage != world.stage:
             raise RequestError(
-                f"rows of stage {stage} asked for in stage {world.stage}; past data opens only through keeps and streams"
+                f"rows of stage {stage} asked for in stage {world.stage}; "
+                "past data opens only through keeps and streams"
             )
 
     def _labels(self, world: World | None, stage: int) -> np.ndarray:

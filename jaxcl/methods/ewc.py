@@ -51,7 +51,7 @@ def ewc(
     if rows is not None and rows < 1:
         raise RequestError(f"ewc: rows is {rows}; accepted: a whole number of at least 1, or None for all")
     estimate: Callable = ESTIMATES[fisher]
-    slots = (max(max_stages - 1, 1),) if mode == "separate" else ()
+    slots: tuple[int, ...] = (max(max_stages - 1, 1),) if mode == "separate" else ()
 
     def init(world: World) -> Own:
         trained = sorted(world.trained)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from jaxcl.core.types import Method, Own, World, method
 from jaxcl.errors import RequestError
-from jaxcl.methods.lora import TARGETS, Hook, attach, fresh_slot, freeze_base, lora_scale
+from jaxcl.methods.lora import TARGETS, Hook, attach, freeze_base, fresh_slot, lora_scale
 from jaxcl.surgery.adapters import add_bank, to_bank
 
 

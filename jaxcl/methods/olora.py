@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from jaxcl.core.types import Ctx, Method, method
 from jaxcl.errors import RequestError, unknown
@@ -46,13 +47,13 @@ def olora(
 
     def loss(ctx: Ctx) -> dict[str, jax.Array]:
         where = [k.removesuffix("/bank_a") for k in ctx.params if k.endswith("/bank_a")]
-        named = {}
+        named: dict[str, jax.Array] = {}
         if strength:
             pairs = ((ctx.params[s + "/lora_a"], ctx.params[s + "/bank_a"]) for s in where)
-            named["orthogonality"] = strength * sum(orthogonality(a, bank, norm) for a, bank in pairs)
+            named["orthogonality"] = strength * jnp.asarray(sum(orthogonality(a, bank, norm) for a, bank in pairs))
         if norm_strength:
             sizes = (frobenius(ctx.params[f"{s}/lora_{x}"]) for s in where for x in "ab")
-            named["norm"] = norm_strength * sum(sizes)
+            named["norm"] = norm_strength * jnp.asarray(sum(sizes))
         return named
 
     begin = banking(rank, lora_scale(rank, alpha, rslora), dropout, targets, max_stages)

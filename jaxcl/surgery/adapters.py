@@ -1,7 +1,7 @@
 """LoRA keys beside dense kernels: adding, banking, merging. Pure functions on the flat dict.
 
-A site ``s`` has ``s/kernel`` [in, out]; its adapter is ``s/lora_a`` [r, in], ``s/lora_b`` [out, r], ``s/lora_scale`` [];
-a bank of frozen ones ``s/bank_a`` [S, r, in], ``s/bank_b`` [S, out, r], ``s/bank_scale`` []. A stacked site has the
+A site ``s`` has ``s/kernel`` [in, out]; its adapter is ``s/lora_a`` [r, in], ``s/lora_b`` [out, r],
+``s/lora_scale`` []; a bank of frozen ones ``s/bank_a`` [S, r, in], ``s/bank_b`` [S, out, r], ``s/bank_scale`` []. A stacked site has the
 layers' axis in front of each. Sources: Hu et al. 2022; the bank is O-LoRA's concatenation with static shapes.
 """
 
@@ -22,7 +22,10 @@ def _lead(params: Params, site: str) -> tuple[int, ...]:
 
 
 def fresh_a(params: Params, sites: Sequence[str], rank: int, key: jax.Array) -> Params:
-    """{site/lora_a: f32[r, in]} by Kaiming-uniform(a=sqrt 5), that is U(-1/sqrt(in), 1/sqrt(in)), a key per layer and site."""
+    """{site/lora_a: f32[r, in]} by Kaiming-uniform(a=sqrt 5), which is U(-1/sqrt(in), 1/sqrt(in)).
+
+    Every layer and site draws with a key of its own.
+    """
     out: Params = {}
     for n, site in enumerate(sorted(sites)):
         width = layer_shape(site, params[site + "/kernel"])[0]
