@@ -6,7 +6,6 @@ Kirkpatrick et al. 2017 (per-stage anchors), Schwarz et al. 2018 (online), and t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,9 @@
 """LoRA keys beside dense kernels: adding, banking, merging. Pure functions on the flat dict.
 
 A site ``s`` has ``s/kernel`` [in, out]; its adapter is ``s/lora_a`` [r, in], ``s/lora_b`` [out, r],
-``s/lora_scale`` []; a bank of frozen ones ``s/bank_a`` [S, r, in], ``s/bank_b`` [S, out, r], ``s/bank_scale`` []. A stacked site has the
-layers' axis in front of each. Sources: Hu et al. 2022; the bank is O-LoRA's concatenation with static shapes.
+``s/lora_scale`` []; a bank of frozen ones ``s/bank_a`` [S, r, in], ``s/bank_b`` [S, out, r], ``s/bank_scale`` [].
+A stacked site has the layers' axis in front of each. Sources: Hu et al. 2022; the bank is O-LoRA's concatenation
+with static shapes.
 """
 
 from __future__ import annotations
