@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from samples import R, card_file
@@ -103,5 +104,6 @@ def test_size_is_bounded_and_absence_is_named(tmp_path):
         read_matrix(tmp_path)
     file = tmp_path / "m.json"
     file.write_text(" " * 2000)
-    with pytest.raises(RequestError, match="at most 1000"):
-        matrix_file.load_json(file, max_bytes=1000)
+    for path in (file, Path("/dev/zero")):
+        with pytest.raises(RequestError, match="at most 1000"):
+            matrix_file.load_json(path, max_bytes=1000)

@@ -62,9 +62,11 @@ class Matrix(NamedTuple):
 def load_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
     """A JSON file of bounded size. Raises RequestError (absent, too large, malformed: with the line)."""
     try:
-        if (size := path.stat().st_size) > max_bytes:
-            raise RequestError(f"{path} has {size} bytes; accepted: at most {max_bytes}")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        with path.open("rb") as f:
+            content = f.read(max_bytes + 1)  # a device or a pipe has no size to ask for
+        if len(content) > max_bytes:
+            raise RequestError(f"{path} is too large; accepted: at most {max_bytes} bytes")
+        return json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise RequestError(f"no such file: {path}") from None
     except OSError as e:

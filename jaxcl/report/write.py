@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxcl.errors import RequestError, RunFailed
+from jaxcl.errors import RequestError
 from jaxcl.report import sections
 from jaxcl.report.exports import metrics_csv, metrics_tex
 from jaxcl.report.figures import matrix_png
@@ -18,8 +18,8 @@ from jaxcl.report.run_files import Run, read_runs
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
     """Writes report.html, metrics.csv, metrics.tex and matrix-<run>.png of run directories; returns the page.
 
-    Unfinished runs are reported as partial. Raises RequestError when a run is absent or malformed or when
-    the runs differ in stages or evals, RunFailed when the files cannot be written.
+    Unfinished runs are reported as partial. Raises RequestError when a run is absent or malformed, when
+    the runs differ in stages or evals, and when the files cannot be written.
     """
     if not runs:
         raise RequestError("no runs; accepted: at least one run directory")
@@ -40,7 +40,7 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         for name, content in files.items():
             _replace(out / name, content)
     except OSError as e:
-        raise RunFailed(f"cannot write the report to {out}: {e.strerror}") from e
+        raise RequestError(f"cannot write to --out {out}: {e.strerror}") from e
     return out / "report.html"
 
 
