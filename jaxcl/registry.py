@@ -120,17 +120,18 @@ def _about(file: Path) -> str | None:
 
 
 class Table(NamedTuple):
-    """rows: every field, may import jax. short: what the plain table needs. columns: of the plain table."""
+    """rows: every field, may import jax. short: what the plain table needs. columns: of the plain table
+    (None: every field)."""
 
     rows: Callable[[], list[Row]]
     short: Callable[[], list[Row]]
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] | None
 
 
 TABLES: dict[str, Table] = {
     "methods": Table(_methods, lambda: list(METHODS.values()), ("name", "kind", "group", "card", "paper")),
     "streams": Table(_streams, _streams, ("name", "scenario", "stages", "metric", "regime", "card")),
-    "models": Table(_models, _models, ("name", "about")),
+    "models": Table(_models, _models, None),
     "metrics": Table(_metrics, _metrics, ("name", "convention", "papers")),
     "experiments": Table(_experiments, _experiments, ("name", "about")),
 }

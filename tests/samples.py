@@ -53,3 +53,22 @@ def write_run(run: Path, hits: np.ndarray, ids=None) -> None:
                 for j in range(n):
                     item = {"id": names[j], "prediction": "x", "score": float(hits[k, i, j])}
                     f.write(json.dumps(item) + "\n")
+
+
+EVIL = "<script>alert('1')</script>&\"x_y$%"
+
+
+def make_run(path, keep: float, *, stages: int = 3, items: int = 60):
+    """A run directory in which a task keeps ``keep`` of its score a stage."""
+    draws = np.random.default_rng(5).random((1, stages, items))
+    p = np.full((stages + 1, stages), 0.2)
+    for t, i in np.ndindex(stages, stages):
+        p[t + 1, i] = 0.9 * keep ** (t - i) if i <= t else 0.2
+    write_run(path, (draws < p[:, :, None]).astype(float))
+    config = {"config": {"seed": 0, "note": EVIL}, "methods": {path.name: {"keep": keep}}}
+    (path / "config.json").write_text(json.dumps(config))
+    log = [{"step": s, "stage": 0, "phase": "main", "loss": 2.0 / (s + 1)} for s in range(30)]
+    (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    account = {"steps": 30, "seconds": [{"stage": None, "train": 0.0, "eval": 1.5}]}
+    (path / "metrics.json").write_text(json.dumps({"metrics": {}, "accounting": account}))
+    return path

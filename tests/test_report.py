@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import csv
 import html.parser
-import io
 import json
 import re
 import shutil
 
-import numpy as np
 import pytest
-from rich.console import Console
-from samples import write_run
+from samples import EVIL, make_run
 
 from jaxcl.cli import main
 from jaxcl.errors import RequestError
 from jaxcl.report import report
-from jaxcl.report.figures import DARK, LIGHT, matrix_png, smoothed
-from jaxcl.report.run_files import config_differences, flatten, read_runs
-from jaxcl.report.table import comparison
-
-EVIL = "<script>alert('1')</script>&\"x_y$%"
-
-
-def make_run(path, keep: float, *, stages: int = 3, items: int = 60):
-    """A run directory in which a task keeps ``keep`` of its score a stage."""
-    draws = np.random.default_rng(5).random((1, stages, items))
-    p = np.full((stages + 1, stages), 0.2)
-    for t, i in np.ndindex(stages, stages):
-        p[t + 1, i] = 0.9 * keep ** (t - i) if i <= t else 0.2
-    write_run(path, (draws < p[:, :, None]).astype(float))
-    config = {"config": {"seed": 0, "note": EVIL}, "methods": {path.name: {"keep": keep}}}
-    (path / "config.json").write_text(json.dumps(config))
-    log = [{"step": s, "stage": 0, "phase": "main", "loss": 2.0 / (s + 1)} for s in range(30)]
-    (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
-    account = {"steps": 30, "seconds": [{"stage": None, "train": 0.0, "eval": 1.5}]}
-    (path / "metrics.json").write_text(json.dumps({"metrics": {}, "accounting": account}))
-    return path
+from jaxcl.report.run_files import read_runs
 
 
 @pytest.fixture(scope="module")
@@ -196,52 +173,3 @@ def test_odd_requests(runs, tmp_path):
         report(runs[:1], tmp_path / "file")
     with pytest.raises(RequestError, match="at least one"):
         report([], tmp_path)
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path):
-    paths = [make_run(tmp_path / seed / "replay", 0.9, items=10) for seed in ("seed0", "seed1")]
-    assert [r.name for r in read_runs(paths)] == ["seed0/replay", "seed1/replay"]
-    report(paths, tmp_path / "out")
-    assert (tmp_path / "out/matrix-seed0-replay.png").is_file()
-
-
-def test_config_differences(runs):
-    assert config_differences(read_runs(runs[:2], intervals=False)) == [
-        ("methods.sequential.keep", [0.4, None]),
-        ("methods.replay.keep", [None, 0.9]),
-    ]
-    nested = {"a": [1, 2], "b": [{"stage": "x", "s": 1}, {"stage": None, "s": 2}]}
-    assert flatten(nested) == {"a": [1, 2], "b.x.s": 1, "b.before training.s": 2}
-
-
-def test_matrix_picture_shows_good_cells_in_other_colours(runs):
-    """The picture itself: the colour of the best cell is not the colour of the worst, and NaN draws none."""
-    from matplotlib.image import imread
-
-    m = read_runs(runs[:1], intervals=False)[0].matrix
-    pictures = [imread(io.BytesIO(matrix_png(m, t))) for t in (LIGHT, DARK)]
-    assert not np.array_equal(*pictures)
-    blank = m._replace(rows=np.full_like(m.rows, np.nan), row0=np.full_like(m.row0, np.nan))
-    bare = imread(io.BytesIO(matrix_png(blank)))
-
-    def colours(picture):
-        return len(np.unique((picture[..., :3].reshape(-1, 3) * 255).astype(int), axis=0))
-
-    assert colours(pictures[0]) > colours(bare) + 5
-
-
-def test_smoothed_keeps_the_mean():
-    points = [(s, float(s % 7)) for s in range(3000)]
-    short = smoothed(points, 300)
-    assert len(short) == 300
-    assert np.mean([v for _, v in short]) == pytest.approx(np.mean([v for _, v in points]))
-    assert smoothed(points[:5]) == points[:5]
-
-
-def test_comparison_table_for_the_terminal(runs):
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(comparison(runs))
-    text = console.export_text()
-    final = json.loads((runs[0] / "matrix.json").read_text())["rows"][-1]
-    line = next(x for x in text.splitlines() if "sequential" in x)
-    assert line.split()[1] == f"{sum(final) / 3:.3f}" and len(line.split()) == 5

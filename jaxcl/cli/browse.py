@@ -28,8 +28,8 @@ def list_(what: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(table.rows(), indent=1))
         return
-    shown = [{k: r.get(k) for k in table.columns} for r in table.short()]
-    console().print(plain_table(shown, table.columns))
+    rows = table.short()
+    console().print(plain_table(rows, table.columns or list(dict.fromkeys(k for r in rows for k in r))))
 
 
 @click.command()

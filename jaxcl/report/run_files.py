@@ -43,6 +43,12 @@ class Run(NamedTuple):
         return f"partial: {done} of {stages} stages are done" if self.matrix.partial else None
 
     @property
+    def joint(self) -> bool:
+        """Whether this is joint training of the stream."""
+        made = self.config.get("methods")
+        return isinstance(made, dict | list) and "joint" in made
+
+    @property
     def methods(self) -> str:
         made = self.config.get("methods")
         return " + ".join(made) if isinstance(made, dict | list) else ""
@@ -50,12 +56,28 @@ class Run(NamedTuple):
 
 def read_runs(paths: Sequence[Path], *, intervals: bool = True) -> list[Run]:
     """The runs, in order, with names that differ. Raises RequestError on what is absent, malformed or not
-    comparable (other stages or evals than the first)."""
-    runs = [_read(path, name, intervals) for path, name in zip(paths, _names(paths))]
+    comparable (other stages or evals than the first).
+
+    A finished joint run among them is the ``joint`` baseline of those that bring none, so that their
+    intransigence is defined: its score on each eval right after the stage that teaches it."""
+    runs = [_read(path, name) for path, name in zip(paths, _names(paths))]
     measured = [r for r in runs if r.measured]
     for other in measured[1:]:
         _same_stream(measured[0], other)
-    return runs
+    joint = next((_joint_baseline(r) for r in measured if r.joint and not r.state), None)
+    return [_scored(r, None if r.joint else joint, intervals) for r in runs]
+
+
+def _joint_baseline(r: Run) -> np.ndarray:
+    own = [r.matrix.learned(e.id) for e in r.matrix.evals]
+    return np.array([np.nan if t is None else r.matrix.rows[t, i] for i, t in enumerate(own)])
+
+
+def _scored(r: Run, joint: np.ndarray | None, intervals: bool) -> Run:
+    if not r.measured:
+        return r
+    matrix = r.matrix if joint is None or r.matrix.joint is not None else r.matrix._replace(joint=joint)
+    return r._replace(matrix=matrix, score=score_matrix(matrix, r.path if intervals else None))
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -71,7 +93,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(path: Path, name: str, intervals: bool) -> Run:
+def _read(path: Path, name: str) -> Run:
     if not path.is_dir():
         raise RequestError(f"no run directory: {path}; accepted: one with config.json and matrix.json")
     config = _object(path / "config.json")
@@ -79,10 +101,8 @@ def _read(path: Path, name: str, intervals: bool) -> Run:
         if not config:
             raise RequestError(f"{path} holds no run; accepted: a directory with config.json and matrix.json")
         return Run(name, path, config, _NOTHING_YET, {}, {}, _losses(path / "log.jsonl"))
-    matrix = read_matrix(path)
-    score = score_matrix(matrix, path if intervals else None)
     accounting = _object(path / "metrics.json").get("accounting", {})
-    return Run(name, path, config, matrix, score, accounting, _losses(path / "log.jsonl"))
+    return Run(name, path, config, read_matrix(path), {}, accounting, _losses(path / "log.jsonl"))
 
 
 def _object(path: Path) -> dict[str, Any]:
