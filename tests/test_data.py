@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxcl.data.encode import encode, encode_text, fit_prompt
+from jaxcl.data.folder import folder_evals, folder_stages
 from jaxcl.data.jsonl import MAX_LINE, data_folder, read_rows
 from jaxcl.data.olora import olora_evals, olora_stages
 from jaxcl.data.pipeline import pipeline
@@ -98,9 +99,7 @@ def test_a_bad_line_is_named(tmp_path, line, words):
 
 
 def test_damaged_and_missing_files(tmp_path, monkeypatch):
-    whole = write(
-        tmp_path / "a.jsonl.gz", *(GOOD | {"id": str(i), "input": os.urandom(40).hex()} for i in range(99))
-    )
+    whole = write(tmp_path / "a.jsonl.gz", *(GOOD | {"id": str(i), "input": os.urandom(40).hex()} for i in range(99)))
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(whole.read_bytes()[:-200])
     with pytest.raises(RequestError, match=r"cut.jsonl.gz:\d+: the gzip stream is damaged or cut off"):
@@ -121,9 +120,7 @@ def test_damaged_and_missing_files(tmp_path, monkeypatch):
     with pytest.raises(RequestError, match="unknown schema 'instuct'; did you mean 'instruct'"):
         read_rows(whole, "instuct")
     monkeypatch.delenv("JAXCL_DATA", raising=False)
-    with pytest.raises(
-        RequestError, match="--data or JAXCL_DATA must name the folder that holds olora_benchmark/"
-    ):
+    with pytest.raises(RequestError, match="--data or JAXCL_DATA must name the folder that holds olora_benchmark/"):
         data_folder("olora_benchmark")
     with pytest.raises(RequestError, match=r"no folder .*/olora_benchmark; --data or JAXCL_DATA"):
         data_folder("olora_benchmark", tmp_path)
@@ -177,18 +174,14 @@ def test_truncation_cuts_the_end_of_the_input_only(style, text):
         while most < len(text) and len(text[: most + 1].encode()) <= room - frame:
             most += 1
         assert bytes(ids).decode() == template.prompt(row, Bytes(), text[:most])
-    with pytest.raises(
-        RequestError, match=f"row 'a': instruction, options and answer mark need {frame} tokens"
-    ):
+    with pytest.raises(RequestError, match=f"row 'a': instruction, options and answer mark need {frame} tokens"):
         fit_prompt(row, template, Bytes(), frame - 1)
 
 
 def test_the_answer_is_whole_in_every_row():
     rows = [GOOD | {"id": str(i), "input": "x" * i, "target": "yes" if i % 2 else "no"} for i in range(80)]
     source = instruct_source("s", rows, Bytes(), window=64)
-    assert (
-        len(source) == 80 and source.label(3) == "yes" and source.id(3) == "3" and source.record(3) == rows[3]
-    )
+    assert len(source) == 80 and source.label(3) == "yes" and source.id(3) == "3" and source.record(3) == rows[3]
     for i in range(80):
         one = source[i]
         answer = one["tokens"][one["targets_at"][one["weight"] > 0]]
@@ -287,7 +280,7 @@ def test_the_benchmark_refuses_what_is_not_there(benchmark_folder):
         olora_evals("olora/order_1", benchmark_folder, Bytes(), window=96, by="rank")
     path = benchmark_folder / "olora_benchmark" / "yahoo" / "train.jsonl.gz"
     write(path, GOOD, without("labels") | {"id": "b"})
-    with pytest.raises(RequestError, match="row 'b' has no labels"):
+    with pytest.raises(RequestError, match="yahoo: row 'b' of train has no labels"):
         make()
     write(path)
     with pytest.raises(RequestError, match=r"yahoo/train.jsonl.gz: no rows"):
@@ -295,6 +288,23 @@ def test_the_benchmark_refuses_what_is_not_there(benchmark_folder):
     path.unlink()
     with pytest.raises(RequestError, match=r"no data file .*yahoo/train.jsonl.gz"):
         make()
+
+
+def test_stages_and_evals_from_a_folder_of_ones_own(tmp_path):
+    for name in ("one", "two"):
+        row = GOOD | {"task": name}
+        write(tmp_path / name / "train.jsonl", row, row | {"id": "b", "target": "no"})
+        write(tmp_path / name / "test.jsonl.gz", row | {"id": "c"})
+    stages = folder_stages(tmp_path, ["two", "one"], Bytes(), window=64)
+    assert [(s.name, len(s.train), s.evals) for s in stages] == [("two", 2, ("two",)), ("one", 2, ("one",))]
+    evals = folder_evals(tmp_path, ["two", "one"], Bytes(), window=64)
+    assert [(e.id, e.metric, e.n) for e in evals] == [("two", "accuracy", 1), ("one", "accuracy", 1)]
+    written = folder_evals(tmp_path, ["one"], Bytes(), window=64, by="generation")
+    assert [(e.id, e.metric, e.n) for e in written] == [("one", "exact_match_strict", 1)]
+    with pytest.raises(RequestError, match=r"no data file .*/three/train\.jsonl\.gz; the folder .* is absent"):
+        folder_stages(tmp_path, ["one", "three"], Bytes(), window=64)
+    with pytest.raises(RequestError, match=r"no data folder .*/none; it must hold <stage>/train\.jsonl"):
+        folder_stages(tmp_path / "none", ["one"], Bytes(), window=64)
 
 
 def test_streams_are_listed_without_jax():

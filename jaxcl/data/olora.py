@@ -1,19 +1,19 @@
 """The O-LoRA benchmark: fifteen text classification tasks in six orders, as stages and as evals.
 
 Wang et al. 2023 (arXiv 2310.14152). Files: ``olora_benchmark/<task>/{train,test}.jsonl.gz`` and
-``tasks.json`` in the data directory. Training reads only the train files, evaluation only the test files.
+``tasks.json`` in the data directory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxcl.data.jsonl import data_folder, read_rows
-from jaxcl.data.stage import Stage, instruct_source, subsample, target_table
-from jaxcl.data.streams import STREAMS, StreamInfo
+from jaxcl.data.folder import folder_evals, folder_stages, read_split
+from jaxcl.data.jsonl import data_folder
+from jaxcl.data.stage import Stage
+from jaxcl.data.streams import STREAMS
 from jaxcl.data.template import Template
 from jaxcl.errors import RequestError, unknown
 
@@ -35,19 +35,14 @@ def olora_stages(
     seed: int = 0,
     prefix: bool = False,
 ) -> list[Stage]:
-    """The stages of ``order`` ('olora/order_1' .. 'olora/order_6'), each teaching the eval of its own name.
+    """The stages of ``order`` ('olora/order_1' .. 'olora/order_6'); the rest as in `folder_stages`.
 
-    rows: at most so many training rows per task, drawn by ``seed``; None: all. All stages have one number of
-    targets per row, so a run needs one compilation. RequestError: unknown order, absent folder or file,
-    malformed or duplicate rows, a target or instruction that does not fit into ``window``.
+    template: 'plain' or 'chat'; prefix: the reference's ``Task:``/``Dataset:`` lines. RequestError: an unknown
+    order, and what `folder_stages` refuses.
     """
-    info, style = _order(order), Template(template, prefix)
-    read = {task: subsample(_task_rows(task, "train", data_dir), rows, seed) for task in info.stages}
-    k = max(len(ids) for r in read.values() for ids in target_table(r, style, tokenizer).values())
-    return [
-        Stage(task, instruct_source(task, records, tokenizer, window=window, k=k, template=style), (task,))
-        for task, records in read.items()
-    ]
+    names, style = _tasks(order), Template(template, prefix)
+    folder = data_folder(FOLDER, data_dir)
+    return folder_stages(folder, names, tokenizer, window=window, template=style, rows=rows, seed=seed, read=_read)
 
 
 def olora_evals(
@@ -63,44 +58,37 @@ def olora_evals(
     batch_size: int = 16,
     by: str = "ranking",
 ) -> list[Eval]:
-    """One eval per task of ``order``, over its test file. by: 'ranking' (accuracy of the best label) or
-    'generation' (greedy exact match). rows: at most so many test rows per task, drawn by ``seed``; None: all.
-    RequestError as in `olora_stages`."""
-    from jaxcl.evaluate.exact_match import exact_match
-    from jaxcl.evaluate.ranking import label_ranking
-
-    kinds: dict[str, Callable[..., Eval]] = {"ranking": label_ranking, "generation": exact_match}
-    if by not in kinds:
-        raise unknown("kind of evaluation", by, kinds)
-    style = Template(template, prefix)
-    return [
-        kinds[by](
-            task,
-            subsample(_task_rows(task, "test", data_dir), rows, seed),
-            tokenizer,
-            window=window,
-            template=style,
-            batch_size=batch_size,
-        )
-        for task in _order(order).stages
-    ]
+    """One eval per task of ``order``, over its test file; see `olora_stages` and `folder_evals`."""
+    names, style = _tasks(order), Template(template, prefix)
+    return folder_evals(
+        data_folder(FOLDER, data_dir),
+        names,
+        tokenizer,
+        window=window,
+        template=style,
+        rows=rows,
+        seed=seed,
+        batch_size=batch_size,
+        by=by,
+        read=_read,
+    )
 
 
-def _order(name: str) -> StreamInfo:
-    known = {n: info for n, info in STREAMS.items() if n.startswith("olora/")}
-    if name not in known:
-        raise unknown("order", name, known)
-    return known[name]
+def _tasks(order: str) -> tuple[str, ...]:
+    known = {name: info.stages for name, info in STREAMS.items() if name.startswith("olora/")}
+    if order not in known:
+        raise unknown("order", order, known)
+    return known[order]
 
 
-def _task_rows(task: str, split: str, data_dir: str | Path | None) -> list[dict[str, Any]]:
+def _read(folder: Path, task: str, split: str) -> list[dict[str, Any]]:
     """Rows of one split with the task's ``category``, which the reference's prefix names."""
-    folder = data_folder(FOLDER, data_dir)
-    path = folder / task / f"{split}.jsonl.gz"
-    rows = read_rows(path, "instruct")
+    rows = read_split(folder, task, split)
     for row in rows:
         if not row.get("labels"):
-            raise RequestError(f"{path}: row {row['id']!r} has no labels; a classification task needs them")
+            raise RequestError(
+                f"{folder / task}: row {row['id']!r} of {split} has no labels; a classification task needs them"
+            )
     category = _category(folder / "tasks.json", task)
     return [row | {"category": category} for row in rows]
 
@@ -111,6 +99,4 @@ def _category(path: Path, task: str) -> str:
     except FileNotFoundError as error:
         raise RequestError(f"no data file {path}, which names the category of each task") from error
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise RequestError(
-            f"{path}: expected {{task: {{'category': ...}}}} for {task!r} ({error})"
-        ) from error
+        raise RequestError(f"{path}: expected {{task: {{'category': ...}}}} for {task!r} ({error})") from error

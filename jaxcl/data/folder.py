@@ -1,0 +1,94 @@
+"""Streams of stages from a folder: ``<stage>/train.jsonl[.gz]`` to learn, ``<stage>/test.jsonl[.gz]`` to measure.
+
+Rows are of the ``instruct`` schema. Stages read only the train files, evals only the test files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxcl.data.jsonl import read_rows
+from jaxcl.data.stage import Stage, instruct_source, subsample, target_table
+from jaxcl.data.template import Template
+from jaxcl.errors import RequestError, unknown
+
+if TYPE_CHECKING:
+    from jaxcl.evaluate.base import Eval
+    from jaxcl.models.tokenizer import Tokenizer
+
+Read = Callable[[Path, str, str], list[dict[str, Any]]]
+
+
+def read_split(folder: Path, stage: str, split: str) -> list[dict[str, Any]]:
+    """Rows of ``<folder>/<stage>/<split>.jsonl``, or ``.jsonl.gz`` where that is what there is."""
+    plain = folder / stage / f"{split}.jsonl"
+    return read_rows(plain if plain.exists() else plain.with_suffix(".jsonl.gz"), "instruct")
+
+
+def folder_stages(
+    folder: str | Path,
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+    template: Template | None = None,
+    rows: int | None = None,
+    seed: int = 0,
+    read: Read = read_split,
+) -> list[Stage]:
+    """One stage per name, in order, each teaching the eval of its own name.
+
+    rows: at most so many training rows per stage, drawn by ``seed``; None: all. All stages have one number of
+    targets per row, so a run needs one compilation. RequestError: no folder or file, malformed or duplicate
+    rows, a target or an instruction that does not fit into ``window``.
+    """
+    template = template or Template()
+    read_in = {name: subsample(read(_folder(folder), name, "train"), rows, seed) for name in names}
+    tables = [target_table(records, template, tokenizer) for records in read_in.values()]
+    k = max((len(ids) for table in tables for ids in table.values()), default=0)
+    return [
+        Stage(name, instruct_source(name, records, tokenizer, window=window, k=k, template=template), (name,))
+        for name, records in read_in.items()
+    ]
+
+
+def folder_evals(
+    folder: str | Path,
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+    template: Template | None = None,
+    rows: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    by: str = "ranking",
+    read: Read = read_split,
+) -> list[Eval]:
+    """One eval per name over its test file. by: 'ranking' (accuracy of the best label) or 'generation' (greedy
+    exact match). rows: at most so many test rows per eval, drawn by ``seed``. RequestError: as `folder_stages`."""
+    from jaxcl.evaluate.exact_match import exact_match
+    from jaxcl.evaluate.ranking import label_ranking
+
+    kinds: dict[str, Callable[..., Eval]] = {"ranking": label_ranking, "generation": exact_match}
+    if by not in kinds:
+        raise unknown("kind of evaluation", by, kinds)
+    return [
+        kinds[by](
+            name,
+            subsample(read(_folder(folder), name, "test"), rows, seed),
+            tokenizer,
+            window=window,
+            template=template,
+            batch_size=batch_size,
+        )
+        for name in names
+    ]
+
+
+def _folder(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise RequestError(f"no data folder {folder}; it must hold <stage>/train.jsonl for every stage")
+    return Path(folder)
