@@ -65,13 +65,9 @@ def apply(
     """
     tokens, segments = batch["tokens"], batch["segments"]
     if tokens.shape[1] > spec.context:
-        raise RequestError(
-            f"a sequence has {tokens.shape[1]} tokens; accepted: up to {spec.context} (context)"
-        )
+        raise RequestError(f"a sequence has {tokens.shape[1]} tokens; accepted: up to {spec.context} (context)")
     if train and spec.adapter_dropout and key is None:
-        raise RequestError(
-            f"adapter_dropout is {spec.adapter_dropout} without a key; accepted: train and key"
-        )
+        raise RequestError(f"adapter_dropout is {spec.adapter_dropout} without a key; accepted: train and key")
     flow = Flow(
         rope=rotary(batch["positions"], spec.head_dim, spec.rope_theta),
         block=visible(segments),

@@ -79,9 +79,7 @@ def _stacked(tree: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
             parts = [f"{match['head']}/{i}/{match['rest']}" for i in layers]
             for part in parts:
                 if part not in tree:
-                    raise RequestError(
-                        f"cannot stack {key!r}: no {part!r}; accepted: all of its layers or none"
-                    )
+                    raise RequestError(f"cannot stack {key!r}: no {part!r}; accepted: all of its layers or none")
             out[key] = jax.tree.map(_stack, *(tree[part] for part in parts))
     return out
 

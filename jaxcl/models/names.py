@@ -1,0 +1,77 @@
+"""What other formats call our parameters, and the check that a file holds exactly a spec's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from ..errors import RequestError, nearest
+from .layout import layout
+from .spec import DecoderSpec
+
+Format = Literal["gguf", "hf"]
+
+TOP = {
+    "embed/kernel": ("token_embd.weight", "model.embed_tokens.weight"),
+    "final_norm/scale": ("output_norm.weight", "model.norm.weight"),
+    "head/kernel": ("output.weight", "lm_head.weight"),
+}
+LAYER = {
+    "attn_norm/scale": ("attn_norm", "input_layernorm"),
+    "attn/q/kernel": ("attn_q", "self_attn.q_proj"),
+    "attn/k/kernel": ("attn_k", "self_attn.k_proj"),
+    "attn/v/kernel": ("attn_v", "self_attn.v_proj"),
+    "attn/o/kernel": ("attn_output", "self_attn.o_proj"),
+    "mlp_norm/scale": ("ffn_norm", "post_attention_layernorm"),
+    "mlp/gate/kernel": ("ffn_gate", "mlp.gate_proj"),
+    "mlp/up/kernel": ("ffn_up", "mlp.up_proj"),
+    "mlp/down/kernel": ("ffn_down", "mlp.down_proj"),
+}
+
+
+def foreign_name(path: str, style: Format) -> str:
+    """``layers/7/attn/q/kernel`` -> ``blk.7.attn_q.weight`` or ``model.layers.7.self_attn.q_proj.weight``."""
+    column = ("gguf", "hf").index(style)
+    if path in TOP:
+        return TOP[path][column]
+    _, layer, rest = path.split("/", 2)
+    return f"{('blk', 'model.layers')[column]}.{layer}.{LAYER[rest][column]}.weight"
+
+
+def is_flipped(path: str) -> bool:
+    """Whether other formats store this kernel as [out, in]: all but the embedding."""
+    return path.endswith("/kernel") and path != "embed/kernel"
+
+
+def match(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], style: Format, where: str) -> dict[str, str]:
+    """{our path: name in the file} for a file's {name: shape}, where shapes are the file's own, [out, in].
+
+    Raises RequestError naming the first tensor that is missing, the first that is unexpected, and the first
+    whose shape is another than the spec's.
+    """
+    table = {path: foreign_name(path, style) for path in layout(spec)}
+    missing = [path for path, name in table.items() if name not in shapes]
+    known = set(table.values())
+    unexpected = [name for name in shapes if name not in known]
+    if missing or unexpected:
+        raise RequestError(
+            f"{where}: weights of another architecture; "
+            + "; ".join(
+                _lacks(table, spec, missing)
+                + [f"unexpected {n!r} {list(shapes[n])} ({nearest(n, known)})" for n in unexpected[:1]]
+            )
+        )
+    for path, name in table.items():
+        want = _shape(spec, path)
+        if tuple(shapes[name]) != want:
+            raise RequestError(f"{where}: {name!r} has shape {list(shapes[name])}; accepted: {list(want)}")
+    return table
+
+
+def _lacks(table: Mapping[str, str], spec: DecoderSpec, missing: list[str]) -> list[str]:
+    return [f"missing {table[path]!r} {list(_shape(spec, path))}" for path in missing[:1]]
+
+
+def _shape(spec: DecoderSpec, path: str) -> tuple[int, ...]:
+    shape = layout(spec)[path].shape
+    return shape[::-1] if is_flipped(path) else shape

@@ -1,0 +1,154 @@
+"""Text to token ids and back: bytes for small models, byte-level BPE from a GGUF vocabulary or tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import RequestError
+from .safetensors_file import read_json
+
+Message = Mapping[str, str]
+
+# llama.cpp's names of pre-tokenizers we can build, and whether each splits digits one by one.
+PRE = {"smollm": True, "gpt-2": False}
+CONTROL, USER = 3, 4  # token types of GGUF that are matched whole, before BPE
+
+
+class Tokenizer(Protocol):
+    """encode does not add bos or eos; decode leaves special tokens out. chat: the messages ({'role', 'content'})
+    in the model's own template, ready for the assistant's answer; RequestError where it has none."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def chat(self, messages: Sequence[Message]) -> str: ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes 0..255, then bos, eos, pad. Bytes that are no UTF-8 decode to U+FFFD."""
+
+    vocab_size, bos_id, eos_id, pad_id = 259, 256, 257, 258
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def chat(self, messages: Sequence[Message]) -> str:
+        raise RequestError("a byte tokenizer has no chat template; accepted: template 'plain'")
+
+
+class BPETokenizer:
+    """A tokenizer of the `tokenizers` library with what a model file says about special ids and chat."""
+
+    def __init__(
+        self, backend: Any, *, eos_id: int, pad_id: int, template: str | None = None, bos: str = "", eos: str = ""
+    ):
+        self.backend, self.eos_id, self.pad_id, self.template = backend, eos_id, pad_id, template
+        self.names = {"bos_token": bos, "eos_token": eos}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode([int(i) for i in ids])
+
+    def chat(self, messages: Sequence[Message]) -> str:
+        """Rendered by Jinja in a sandbox: a template comes from a file and may not reach out of its strings."""
+        if self.template is None:
+            raise RequestError("this tokenizer has no chat template; accepted: template 'plain'")
+        try:
+            from jinja2.exceptions import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise RequestError("a chat template needs the package 'jinja2': pip install jinja2") from None
+        try:
+            template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(self.template)
+            return template.render(messages=list(messages), add_generation_prompt=True, **self.names)
+        except TemplateError as error:
+            raise RequestError(f"the chat template refuses these messages: {error}") from None
+
+
+def from_gguf(fields: Mapping[str, Any], where: str) -> BPETokenizer:
+    """The byte-level BPE of a GGUF file's metadata. Raises RequestError where it is of another kind or broken."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    tokens, merges = (_strings(fields, name, where) for name in ("tokens", "merges"))
+    model, pre = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if model != "gpt2" or pre not in PRE:
+        raise RequestError(f"{where}: tokenizer {model!r} with {pre!r}; accepted: 'gpt2' with {', '.join(PRE)}")
+    eos = _id(fields, "eos", len(tokens), where)
+    try:
+        vocab = {token: i for i, token in enumerate(tokens)}
+        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+        backend = Backend(models.BPE(vocab=vocab, merges=pairs))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise RequestError(f"{where}: the tokenizer's merges do not fit its vocabulary: {error}") from None
+    split: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if PRE[pre] else []
+    split.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(split)
+    backend.decoder = decoders.ByteLevel()
+    kinds = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    for kind, add in ((CONTROL, backend.add_special_tokens), (USER, backend.add_tokens)):
+        add([AddedToken(t, normalized=False, special=kind == CONTROL) for t, k in zip(tokens, kinds) if k == kind])
+    bos = fields.get("tokenizer.ggml.bos_token_id")
+    return BPETokenizer(
+        backend,
+        eos_id=eos,
+        pad_id=_id(fields, "padding", len(tokens), where, eos),
+        template=fields.get("tokenizer.chat_template"),
+        bos=tokens[bos] if isinstance(bos, int) and bos < len(tokens) else "",
+        eos=tokens[eos],
+    )
+
+
+def from_folder(folder: Path) -> BPETokenizer:
+    """tokenizer.json, with the special tokens and template of tokenizer_config.json, of a Hugging Face model."""
+    from tokenizers import Tokenizer as Backend
+
+    file, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise RequestError(f"{file}: not a tokenizer: {error}") from None
+    names = {name: _content(config.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
+    eos = backend.token_to_id(names["eos"])
+    if eos is None:
+        raise RequestError(f"{folder / 'tokenizer_config.json'}: eos_token {names['eos']!r} is not in the vocabulary")
+    pad = backend.token_to_id(names["pad"])
+    beside = folder / "chat_template.jinja"  # where transformers 5 writes it
+    template = beside.read_text() if beside.exists() else config.get("chat_template")
+    return BPETokenizer(
+        backend, eos_id=eos, pad_id=eos if pad is None else pad, template=template, bos=names["bos"], eos=names["eos"]
+    )
+
+
+def _content(token: Any) -> str:
+    return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")
+
+
+def _strings(fields: Mapping[str, Any], name: str, where: str) -> list[str]:
+    value = fields.get(f"tokenizer.ggml.{name}")
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise RequestError(f"{where}: key 'tokenizer.ggml.{name}' is absent; accepted: a list of strings")
+    return value
+
+
+def _id(fields: Mapping[str, Any], name: str, size: int, where: str, default: int | None = None) -> int:
+    value = fields.get(f"tokenizer.ggml.{name}_token_id", default)
+    if not isinstance(value, int) or not 0 <= value < size:
+        raise RequestError(f"{where}: {name}_token_id is {value!r}; accepted: 0 to {size - 1}")
+    return value
