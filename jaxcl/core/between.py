@@ -85,9 +85,12 @@ class Between:
         for n, m in reversed(list(enumerate(self.methods))):
             if m.end is not None:
                 self.check()
+                seen = len(self.world.edits)
                 self.world, own = m.end(self.given(n, 3), self.owns[m.name])
                 self.world = self.world._replace(params=dict(sorted(self.world.params.items())))
                 self.owns[m.name] = whole(own)
+                for other in (o for o in self.methods if o is not m):
+                    self.owns[other.name] = carry(self.owns[other.name], other.kinds, self.world.edits[seen:])
         self._settle()
 
     def _settle(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxcl.core import compose
 from jaxcl.core.paths import merge, split
 from jaxcl.core.types import Batch, Clock, Method, Model, Outputs, Params, Tools, World
+from jaxcl.data.pipeline import batches as rows_once
 from jaxcl.errors import RequestError
 
 
@@ -45,7 +46,9 @@ class Toolbox:
             seed = np.random.default_rng([int(x) for x in np.ravel(jax.random.key_data(world.key))] if world else 0)
             size = len(self.sources[stage])
             rows = seed.permutation(size)[: size if n is None else min(n, size)]
-            yield from self._batches(stage, np.sort(rows), stop)
+            for batch in rows_once(self.sources[stage], np.sort(rows), self.batch_size):
+                stop()
+                yield batch
 
         def mean(fn: Callable, n: int | None, key: jax.Array) -> Any:
             assert world is not None
@@ -69,20 +72,6 @@ class Toolbox:
         self._check(world, stage)
         source = self.sources[stage]
         return np.array([source.label(i) for i in range(len(source))])
-
-    def _batches(self, stage: int, rows: np.ndarray, stop: Callable[[], None]) -> Iterator[Batch]:
-        source = self.sources[stage]
-        for start in range(0, len(rows), self.batch_size):
-            stop()
-            part = rows[start : start + self.batch_size]
-            examples = [source[int(i)] for i in part]
-            batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-            fill = self.batch_size - len(part)  # the last batch has the shape of all others, its spare rows no weight
-            batch = {k: np.concatenate([v, np.repeat(v[:1], fill, 0)]) for k, v in batch.items()}
-            batch["weight"][len(part) :] = 0.0
-            batch["row"] = np.concatenate([part, np.full(fill, -1)]).astype(np.int32)
-            batch["source"] = np.zeros(self.batch_size, np.int32)
-            yield batch
 
     def _mean_over(self, fn: Callable, world: World, owns: dict, batches: Iterator[Batch], key: jax.Array) -> Any:
         train, frozen = split(world.params, world.trained)

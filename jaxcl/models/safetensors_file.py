@@ -51,6 +51,8 @@ def read_spec(config: dict[str, Any], where: Path) -> DecoderSpec:
         if config.get(name, built) != built:
             raise RequestError(f"{where}: {name} is {config[name]!r}; accepted: {built!r}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise RequestError(f"{where}: the rotary parameters are {rope!r}; accepted: a JSON object")
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
         raise RequestError(f"{where}: the rotary scaling is {scaling!r}; accepted: 'default'")

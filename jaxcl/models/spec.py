@@ -13,6 +13,7 @@ Segments = tuple[tuple[tuple[str, ...], int], ...]
 KINDS = ("block",)
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "block")
+MOST_LAYERS = 4096  # a weight file that lies about its depth is refused before a table of it is made
 SIZES = ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "context", "nll_chunk")
 
 
@@ -64,6 +65,8 @@ class DecoderSpec:
         for name in SIZES:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise _refused(self, name, "a whole number above 0")
+        if self.layers > MOST_LAYERS:
+            raise _refused(self, "layers", f"up to {MOST_LAYERS}")
         if self.heads % self.kv_heads:
             raise _refused(self, "kv_heads", f"a divisor of heads, {self.heads}")
         if self.head_dim % 2:
