@@ -46,7 +46,7 @@ class Toolbox:
             seed = np.random.default_rng([int(x) for x in np.ravel(jax.random.key_data(world.key))] if world else 0)
             size = len(self.sources[stage])
             rows = seed.permutation(size)[: size if n is None else min(n, size)]
-            for batch in rows_once(self.sources[stage], np.sort(rows), self.batch_size):
+            for batch in rows_once(self.sources[stage], np.sort(rows).tolist(), self.batch_size):
                 stop()
                 yield batch
 

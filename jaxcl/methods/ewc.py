@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxcl.core.paths import per_tensor
 from jaxcl.core.types import Ctx, Method, Own, Params, World, method
 from jaxcl.errors import RequestError, unknown
 from jaxcl.losses.fisher import ESTIMATES
@@ -52,6 +53,11 @@ def ewc(
     estimate: Callable = ESTIMATES[fisher]
     slots: tuple[int, ...] = (max(max_stages - 1, 1),) if mode == "separate" else ()
 
+    def begin(world: World, own: Own | None) -> tuple[World, Own]:
+        if mode == "separate" and world.stage >= max_stages:
+            raise RequestError(f"ewc: stage {world.stage + 1} exceeds max_stages={max_stages}; raise it")
+        return world, own or {}
+
     def init(world: World) -> Own:
         trained = sorted(world.trained)
         zeros = {k: jnp.zeros(slots + world.params[k].shape, jnp.float32) for k in trained}
@@ -64,24 +70,22 @@ def ewc(
 
     def end(world: World, own: Own) -> tuple[World, Own]:
         fresh = world.tools.mean(estimate, rows, world.key)
-        fresh = {k: shaped(f, normalize, clip) for k, f in fresh.items()}
+        fresh = {k: per_tensor(lambda f: shaped(f, normalize, clip), k, f) for k, f in fresh.items()}
         t, old = own["host"]["stages"], own["fixed"]
-        fixed = {"fisher": {}, "anchor": {}}  # type: dict[str, Any]
+        fixed: dict[str, Params] = {"fisher": {}, "anchor": {}}
         for k in old["fisher"]:
             f = fresh.get(k, jnp.zeros(old["fisher"][k].shape[len(slots) :], jnp.float32))
             anchor = world.params[k]
-            if mode == "separate":
-                if t >= slots[0]:
-                    raise RequestError(f"ewc: stage {t + 1} exceeds max_stages={max_stages}; raise it")
-                fixed["fisher"][k] = old["fisher"][k].at[t].set(f)
-                fixed["anchor"][k] = old["anchor"][k].at[t].set(anchor)
+            if mode == "separate":  # past the capacity, after the last stage, nothing is written
+                fixed["fisher"][k] = old["fisher"][k].at[t].set(f, mode="drop")
+                fixed["anchor"][k] = old["anchor"][k].at[t].set(anchor, mode="drop")
             else:
                 fixed["fisher"][k] = accumulate(old["fisher"][k], f, mode, gamma, t)
                 fixed["anchor"][k] = anchor
         return world, {"fixed": fixed, "host": {"stages": t + 1}}
 
     kinds = {"fisher": "square", "anchor": "value"}
-    return Method(name=name, init=init, loss=loss if strength else None, end=end, kinds=kinds)
+    return Method(name=name, begin=begin, init=init, loss=loss if strength else None, end=end, kinds=kinds)
 
 
 def accumulate(old: jax.Array, new: jax.Array, mode: str, gamma: float, t: int) -> jax.Array:

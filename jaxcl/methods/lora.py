@@ -42,9 +42,8 @@ def lora(
     def end(world: World, own: Own) -> tuple[World, Own]:
         where = own["host"]["sites"]
         scales = {k: v for k, v in world.params.items() if k.endswith("/lora_scale")}
-        params = merge(world.params, where) | scales
-        params |= fresh_a(params, where, rank, world.key) | zero_b(params, where, rank)
-        return world._replace(params=params), own
+        merged_in = world._replace(params=merge(world.params, where) | scales)
+        return fresh_slot(merged_in, where, rank), own
 
     return Method(name=name, begin=begin, mask=freeze_base, end=end if merged else None)
 

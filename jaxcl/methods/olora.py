@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxcl.core.paths import sites
 from jaxcl.core.types import Ctx, Method, method
 from jaxcl.errors import RequestError, unknown
 from jaxcl.losses.penalties import frobenius, orthogonality
@@ -46,7 +47,7 @@ def olora(
         raise unknown("norm", norm, NORMS, where="olora")
 
     def loss(ctx: Ctx) -> dict[str, jax.Array]:
-        where = [k.removesuffix("/bank_a") for k in ctx.params if k.endswith("/bank_a")]
+        where = sites(ctx.params, targets)  # its own: other adapters may sit elsewhere
         named: dict[str, jax.Array] = {}
         if strength:
             pairs = ((ctx.params[s + "/lora_a"], ctx.params[s + "/bank_a"]) for s in where)
