@@ -58,17 +58,16 @@ def read_spec(config: dict[str, Any], where: Path) -> DecoderSpec:
         raise RequestError(f"{where}: the rotary scaling is {scaling!r}; accepted: 'default'")
 
     def number(name: str, kind: type, default: Any = None) -> Any:
-        value = config.get(name, default)
+        value = {**config, **rope}.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, kind)):
             raise RequestError(f"{where}: {name} is {value!r}; accepted: {kind.__name__}")
         return kind(value)
 
     sizes = {ours: number(theirs, int) for ours, theirs in SIZES.items()}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     return DecoderSpec(
         kv_heads=config.get("num_key_value_heads") or sizes["heads"],
         head_dim=config.get("head_dim") or sizes["width"] // max(sizes["heads"], 1),
-        rope_theta=float(theta),
+        rope_theta=number("rope_theta", float, 10000.0),
         norm_eps=number("rms_norm_eps", float, 1e-6),
         tied=bool(config.get("tie_word_embeddings", False)),
         **sizes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,6 +74,10 @@ class DecoderSpec:
             raise _refused(self, "head_dim", "an even number (rotary pairs)")
         if not 0.0 <= self.adapter_dropout < 1.0:
             raise _refused(self, "adapter_dropout", "0 up to below 1")
+        if not 0.0 < self.rope_theta < math.inf:
+            raise _refused(self, "rope_theta", "a number above 0")
+        if not 0.0 <= self.norm_eps < math.inf:
+            raise _refused(self, "norm_eps", "a number from 0 on")
         for name, known in (("dtype", DTYPES), ("param_dtype", DTYPES), ("remat", REMAT)):
             if getattr(self, name) not in known:
                 raise unknown(name, str(getattr(self, name)), known, where="decoder")

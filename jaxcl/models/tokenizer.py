@@ -52,7 +52,8 @@ class BPETokenizer:
     def __init__(
         self, backend: Any, *, eos_id: int, pad_id: int, template: str | None = None, bos: str = "", eos: str = ""
     ):
-        self.backend, self.eos_id, self.pad_id, self.template = backend, eos_id, pad_id, template
+        self.backend, self.eos_id, self.pad_id = backend, eos_id, pad_id
+        self.template = template if isinstance(template, str) else None
         self.names = {"bos_token": bos, "eos_token": eos}
 
     @property
