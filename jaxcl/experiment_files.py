@@ -35,7 +35,7 @@ def find(name_or_path: str) -> Path:
     if name_or_path.endswith(".py") or "/" in name_or_path:
         path = Path(name_or_path)
         path = path / "experiment.py" if path.is_dir() else path
-        if not path.is_file():
+        if path.suffix != ".py" or not path.is_file():
             names = ", ".join(known())
             raise RequestError(f"no experiment file at {name_or_path!r}; give a Python file or one of: {names}")
         return path

@@ -13,7 +13,7 @@ from jaxcl.core.experiment import Experiment
 from jaxcl.core.sharding import Placement, make_mesh
 from jaxcl.core.tools import Toolbox
 from jaxcl.core.types import Method, Own, Params, Phase, Stream, World
-from jaxcl.errors import RequestError
+from jaxcl.errors import KeyTaken, RequestError
 from jaxcl.surgery.edit import carry
 
 
@@ -59,7 +59,11 @@ class Between:
             own = None if own is None else carry(own, m.kinds, self.world.edits)
             if m.begin is not None:
                 before, seen = set(self.world.params), len(self.world.edits)
-                self.world, own = m.begin(self.given(n, 0), own)
+                try:
+                    self.world, own = m.begin(self.given(n, 0), own)
+                except KeyTaken as e:
+                    other = self.owner.get(e.key, "the given weights")
+                    raise RequestError(f"methods {other!r} and {m.name!r} do not go together: {e}") from e
                 self.world = self.world._replace(params=dict(sorted(self.world.params.items())))
                 self.owner |= {k: m.name for k in self.world.params if k not in before}
                 for other in self.methods[:n]:  # those behind see these edits before their own begin
@@ -110,22 +114,19 @@ class Between:
 
     # to and from the journal
 
-    def pack(self, opt: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(arrays, JSON) of all this; ``opt`` is the optimizer's state where it is carried on, else None."""
-        arrays, meta = journal.pack_world(self.world, self.owns, opt)
-        return arrays, {**meta, "owner": self.owner}
+    def pack(self, opt: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(arrays, JSON) of all this; ``opt``: the optimizer's flat state where it is carried on, else empty."""
+        arrays, meta = journal.pack_world(self.world, self.owns)
+        return {**arrays, **opt}, {**meta, "owner": self.owner}
 
-    def unpack(self, load: Callable[..., dict[str, Any]], meta: dict[str, Any], stage: int) -> Any:
-        """Takes everything from the journal, ``load(place) -> arrays``; returns the optimizer's state or None."""
+    def unpack(self, load: Callable[..., dict[str, Any]], meta: dict[str, Any], stage: int) -> Params:
+        """Takes everything from the journal, ``load(place) -> arrays``; returns the optimizer's flat state."""
         spec = journal.packed_spec(self.world.spec, meta)
         self.placement = self._placement(spec, journal.packed_shapes(meta))
         arrays = load(self.place)
         self.world, self.owns = journal.unpack_world(self.world._replace(stage=stage), arrays, meta)
         self.owner = dict(meta["owner"])
-        if not any(k.startswith("opt/") for k in arrays):
-            return None
-        train = {k: self.world.params[k] for k in sorted(self.world.trained)}
-        return journal.unflatten_like(jax.eval_shape(self.exp.tx.init, train), arrays, "opt")
+        return {k: v for k, v in arrays.items() if k.startswith("opt/")}
 
     def place(self, key: str, shape: tuple[int, ...]) -> Any:
         """Sharding of a journal's array: by the last part of its key that is a parameter path."""
@@ -146,8 +147,3 @@ def row_ids(batch: Any, phase: Phase, sources: Sequence[Any], most: int = 8) -> 
         if s >= 0 and r >= 0:
             ids.append(str(sources[phase.streams[int(s)].stage].id(int(r))))
     return [*ids[:most], *(["..."] if len(ids) > most else [])]
-
-
-def trained_params(world: World) -> Params:
-    """The parameters that train, in a fixed order."""
-    return {k: world.params[k] for k in sorted(world.trained)}

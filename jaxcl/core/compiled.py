@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcl.core import journal
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.sharding import Placement
 from jaxcl.core.signals import Compilations
@@ -25,11 +26,17 @@ class StepCache:
         self._inits: dict[Any, Callable] = {}
 
     def with_optimizer(self, state: State, phase: Phase, placement: Placement) -> State:
-        """The state with the optimizer's state: fresh, or carried on where the phase says so and the leaves fit."""
+        """The state with the optimizer's state: fresh, or carried on where the phase says so and the leaves fit.
+
+        What is carried on comes in ``state.opt`` as a flat dict, see `journal.flatten`.
+        """
         tx = phase.tx or self.exp.tx
         like = jax.eval_shape(tx.init, state.train)
-        if not phase.reset_opt and state.opt is not None and _shapes(like) == _shapes(state.opt):
-            return state
+        if not phase.reset_opt and state.opt:
+            fits = {k: v.shape for k, v in journal.flatten(like, "opt").items()}
+            if fits == {k: v.shape for k, v in state.opt.items()}:
+                opt = placement.put(journal.unflatten_like(like, state.opt, "opt"))
+                return State(state.clock, state.train, opt, state.live)
         key = (id(tx), _shapes(state.train))
         if key not in self._inits:
             self._inits[key] = jax.jit(tx.init, out_shardings=placement.tree(like))

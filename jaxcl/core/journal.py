@@ -137,8 +137,8 @@ def join_host(arrays: Any, plain: Any) -> Any:
     return {k: join_host((arrays or {}).get(k), plain.get(k)) for k in keys}
 
 
-def pack_world(world: World, owns: Mapping[str, Any], opt: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arrays, JSON) of a world: parameters, memories, and the optimizer's state where a phase carries it on."""
+def pack_world(world: World, owns: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arrays, JSON) of a world: parameters and memories."""
     arrays = flatten(dict(world.params), "params")
     host = {}
     for name, own in owns.items():
@@ -146,8 +146,6 @@ def pack_world(world: World, owns: Mapping[str, Any], opt: Any = None) -> tuple[
             arrays |= flatten(own.get(part) or {}, f"own/{name}/{part}")
         numpy_part, host[name] = split_host(own.get("host") or {})
         arrays |= flatten(numpy_part, f"own/{name}/host")
-    if opt is not None:
-        arrays |= flatten(opt, "opt")
     meta = {
         "spec": dataclasses.asdict(world.spec) if dataclasses.is_dataclass(world.spec) else None,  # type: ignore[arg-type]
         "shapes": {k: [list(v.shape), str(v.dtype)] for k, v in world.params.items()},

@@ -24,10 +24,11 @@ from jaxcl.core.paths import merge, split
 from jaxcl.core.progress import Reporter
 from jaxcl.core.rundir import RunDir
 from jaxcl.core.signals import StopRequest
-from jaxcl.core.types import Clock, Fixed, Phase, State
+from jaxcl.core.types import Clock, Fixed, Params, Phase, State
 from jaxcl.core.view import View
 from jaxcl.data.pipeline import phase_steps, pipeline
 from jaxcl.errors import RunFailed
+from jaxcl.surgery.edit import restarted
 
 
 class Loop:
@@ -43,7 +44,7 @@ class Loop:
         self.store = Store(rundir.checkpoints, jax.process_index())
         self.store.adopt("source", journal.flatten(self.source, "params"))
         self.measure = Measurements(exp, rundir, View(exp.model, exp.methods, self.now.batch), reporter, stop)
-        self.opt: Any = None  # carried over where a phase does not reset it
+        self.opt: Params = {}  # flat, carried over where a phase does not reset it
         self.step = 0  # of the whole run, as of the phase's start
 
     def run(self) -> None:
@@ -67,9 +68,12 @@ class Loop:
     def _stage(self, i: int, at: journal.At | None, begun: bool) -> None:
         if at is None and not begun:
             self.now.begin(i)
+            self.opt = restarted(self.opt, self.now.world.edits)
         j = 0 if at is None else at.phase + (at.kind == "done")
         while j < len(phases := self.now.plan(j)):  # again at each phase's start: a plan may read what happened
-            self._phase(i, j, phases[j], at if at is not None and (at.phase, at.kind != "done") == (j, True) else None)
+            carry = not self.exp.reset_opt or any(not p.reset_opt for p in phases[j + 1 : j + 2])
+            here = at if at is not None and at.phase == j and at.kind != "done" else None
+            self._phase(i, j, phases[j], here, carry)
             j += 1
         self.now.end()
         self.measure.row(i, self.now, Clock.at(self.step, i, j, 0, 1))
@@ -77,7 +81,7 @@ class Loop:
         self.store.wait()
         journal.prune(self.store, i, self.exp.keep)
 
-    def _phase(self, i: int, j: int, phase: Phase, at: journal.At | None) -> None:
+    def _phase(self, i: int, j: int, phase: Phase, at: journal.At | None, carry: bool) -> None:
         exp, now = self.exp, self.now
         begun = journal.entry_name(i, j, phase.name, "begun")
         if at is None:
@@ -87,7 +91,7 @@ class Loop:
         fixed = Fixed(frozen, now.device("fixed"))
         state = State(Clock.at(self.step, i, j, 0, steps), train, self.opt, now.device("live"))
         state = self.compiled.with_optimizer(now.placement.put(state, copy=True), phase, now.placement)
-        now.world, self.opt, train = now.world._replace(params=frozen), None, {}  # the state owns them now
+        now.world, self.opt, train = now.world._replace(params=frozen), {}, {}  # the state owns them now
         data = pipeline(
             now.sources, phase.streams, stage=i, phase=j, batch_size=exp.batch_size, steps=steps, seed=exp.seed,
             epochs=phase.epochs, pack=exp.pack, process_index=jax.process_index(), process_count=jax.process_count(),
@@ -126,7 +130,7 @@ class Loop:
         now.world = now.world._replace(params=merge(frozen, state.train))
         for name, live in state.live.items():
             now.owns[name]["live"] = live
-        self.opt = None if exp.reset_opt else state.opt
+        self.opt = journal.flatten(state.opt, "opt") if carry else {}
         if phase.after is not None:
             now.world = phase.after(now.world)
         self._save(journal.entry_name(i, j, phase.name, "done"))

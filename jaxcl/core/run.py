@@ -19,7 +19,7 @@ from jaxcl.core.loop import Loop
 from jaxcl.core.progress import Reporter
 from jaxcl.core.rundir import RunDir, differences
 from jaxcl.core.signals import StopRequest
-from jaxcl.errors import RequestError
+from jaxcl.errors import Interrupted, RequestError
 
 _PACKAGES = ("jaxcl", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -70,6 +70,9 @@ def train(
         loop = Loop(exp, rundir, reporter, stop, {**identity, **facts})
         try:
             loop.run()
+        except Interrupted:
+            loop.store.wait()  # what was being saved counts
+            raise
         finally:
             reporter.stop()
             rundir.close()

@@ -62,3 +62,12 @@ def carry(own: Mapping[str, Any], kinds: Mapping[str, str], edits: tuple[Edit, .
                 for edit in edits:
                     out[part][name] = edit.apply(out[part][name], kind)
     return out
+
+
+def restarted(moments: Mapping[str, jax.Array], edits: tuple[Edit, ...]) -> dict[str, jax.Array]:
+    """An optimizer's flat state with the moments of tensors that were started afresh at zero.
+
+    Keys end in a parameter path, its slashes written ``%2F`` (see `jaxcl.core.journal.flatten`).
+    """
+    fresh = {path.replace("%", "%25").replace("/", "%2F") for edit in edits for path in edit.fills}
+    return {k: jnp.zeros_like(v) if k.rsplit("/", 1)[-1] in fresh else v for k, v in moments.items()}

@@ -1,0 +1,70 @@
+"""The stage loop where nothing else tests it: several phases, an optimizer carried on, accounting."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import optax
+from support import experiment
+
+from jaxcl.core.progress import Reporter
+from jaxcl.core.run import train
+from jaxcl.core.types import Method, Phase, Stream
+
+
+def phases(*resets: bool) -> list[Phase]:
+    rows = Stream(0, np.arange(16, dtype=np.int64))
+    return [Phase(f"p{i}", 2, (rows,), reset_opt=reset) for i, reset in enumerate(resets)]
+
+
+def run(tmp_path, *resets: bool) -> list[int]:
+    """Adam's update count after every phase: each phase's own `after` cannot see it, a counting transform can."""
+    seen: list[int] = []
+
+    def counted() -> optax.GradientTransformation:
+        def update(updates, state, params=None, **_):
+            jax.debug.callback(lambda n: seen.append(int(n)), state + 1)
+            return updates, state + 1
+
+        return optax.GradientTransformationExtraArgs(lambda _: jax.numpy.int32(0), update)
+
+    exp = experiment([], n=1, phases=phases(*resets), tx=optax.chain(optax.sgd(1e-2), counted()))
+    train(exp, tmp_path / "run", reporter=Reporter(quiet=True))
+    jax.effects_barrier()
+    return sorted(seen)
+
+
+def test_a_phase_may_carry_the_optimizer_on(tmp_path):
+    assert run(tmp_path, True, False) == [1, 2, 3, 4]
+
+
+def test_a_phase_starts_with_a_fresh_optimizer_by_default(tmp_path):
+    assert run(tmp_path, True, True) == [1, 1, 2, 2]
+
+
+def test_phases_are_planned_again_at_each_start(tmp_path):
+    """A plan that reads what the first phase did: feedback mixing."""
+    asked = []
+
+    def plan(world, own, planned):
+        asked.append(world.phase)
+        return planned + ([dataclasses.replace(planned[0], name="extra", steps=1)] if world.phase else [])
+
+    exp = experiment([Method(name="feedback", plan=plan)], n=1, phases=phases(True, True))
+    train(exp, tmp_path / "run", reporter=Reporter(quiet=True))
+    names = [json.loads(line)["phase"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert names == ["p0", "p0", "p1", "p1", "extra"]
+    assert asked == [0, 0, 1, 2, 3]
+
+
+def test_accounting_counts_steps_and_parameters(tmp_path):
+    exp = experiment([], n=2)
+    train(exp, tmp_path / "run", reporter=Reporter(quiet=True))
+    account = json.loads((tmp_path / "run/metrics.json").read_text())["accounting"]
+    size = sum(int(np.size(v)) for v in exp.params.values())
+    assert account["steps"] == 2 * 2  # two stages of 16 rows in batches of 8
+    assert account["forward_passes"] == account["backward_passes"] == 32
+    assert account["parameters"] == {"base": size, "extra": 0, "trained": size}
