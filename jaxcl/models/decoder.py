@@ -18,7 +18,7 @@ from .blocks import Block, Embedding, RMSNorm, below, rotary
 from .cache import Cache, Written, closed, route
 from .flow import Flow
 from .layout import axes, layout
-from .nll import chunked_nll, shifted
+from .nll import batch_nll
 from .spec import DecoderSpec, Run
 from .stacking import restack
 from .taps import joined, local_taps, select
@@ -86,7 +86,7 @@ def apply(
     hidden = RMSNorm(below(params, "final_norm"), spec.norm_eps)(x)
     nll = None
     if cache is None or "targets_at" in batch:
-        nll = _nll(spec, params, hidden, batch)
+        nll = batch_nll(lambda rows: logits(spec, params, rows), hidden, batch, spec.nll_chunk)
     return Outputs(nll=nll, hidden=hidden, taps=select(spec, seen, taps), cache=closed(cache, flow, written))
 
 
@@ -146,12 +146,3 @@ def logits(spec: DecoderSpec, params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] -> f32[..., V], with the embedding as head where the spec is tied."""
     kernel = params["embed/kernel"].T if spec.tied else params["head/kernel"]
     return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-
-
-def _nll(spec: DecoderSpec, params: Params, hidden: jax.Array, batch: Batch) -> jax.Array:
-    tokens = batch["tokens"]
-    at = batch["targets_at"] if "targets_at" in batch else shifted(batch["segments"])
-    labels = jnp.take_along_axis(tokens, jnp.maximum(at, 0), axis=1)
-    before = jnp.maximum(at - 1, 0)
-    nll = chunked_nll(lambda rows: logits(spec, params, rows), hidden, before, labels, spec.nll_chunk)
-    return jnp.where(at > 0, nll, 0.0)

@@ -7,6 +7,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ..core.types import Batch
+
+
+def batch_nll(logits: Callable[[jax.Array], jax.Array], hidden: jax.Array, batch: Batch, chunk: int) -> jax.Array:
+    """nll of a batch's targets from ``hidden`` [B,T,D], f32: [B,K] with ``targets_at``, else [B,T]; 0 where there
+    is nothing to predict (see `jaxcl.models.decoder.apply`)."""
+    at = batch["targets_at"] if "targets_at" in batch else shifted(batch["segments"])
+    labels = jnp.take_along_axis(batch["tokens"], jnp.maximum(at, 0), axis=1)
+    nll = chunked_nll(logits, hidden, jnp.maximum(at - 1, 0), labels, chunk)
+    return jnp.where(at > 0, nll, 0.0)
+
 
 def chunked_nll(
     logits: Callable[[jax.Array], jax.Array], hidden: jax.Array, at: jax.Array, labels: jax.Array, chunk: int
