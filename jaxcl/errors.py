@@ -27,6 +27,14 @@ class RequestError(JaxclError):
     exit_code = 2
 
 
+class KeyTaken(RequestError):
+    """A method wants to make the parameter ``key``, which another one has made. Exit status 2."""
+
+    def __init__(self, message: str, key: str):
+        super().__init__(message)
+        self.key = key
+
+
 class Interrupted(JaxclError):
     """Stopped by a signal; everything is saved and the same command continues. Exit status 75."""
 

@@ -8,14 +8,15 @@ with static shapes.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jaxcl.core.paths import is_stacked, layer_shape
+from jaxcl.core.paths import concrete, is_stacked, layer_shape
 from jaxcl.core.types import Params
-from jaxcl.errors import RequestError
+from jaxcl.errors import KeyTaken, RequestError
 
 
 def _lead(params: Params, site: str) -> tuple[int, ...]:
@@ -25,16 +26,15 @@ def _lead(params: Params, site: str) -> tuple[int, ...]:
 def fresh_a(params: Params, sites: Sequence[str], rank: int, key: jax.Array) -> Params:
     """{site/lora_a: f32[r, in]} by Kaiming-uniform(a=sqrt 5), which is U(-1/sqrt(in), 1/sqrt(in)).
 
-    Every layer and site draws with a key of its own.
+    Every layer and site draws with a key of its own name, so that stacking changes no number.
     """
     out: Params = {}
-    for n, site in enumerate(sorted(sites)):
+    for site in sites:
         width = layer_shape(site, params[site + "/kernel"])[0]
         bound = 1.0 / width**0.5
         draw = lambda k, w=width, b=bound: jax.random.uniform(k, (rank, w), jnp.float32, -b, b)  # noqa: E731
-        key_n = jax.random.fold_in(key, n)
-        lead = _lead(params, site)
-        out[site + "/lora_a"] = jax.vmap(draw)(jax.random.split(key_n, lead[0])) if lead else draw(key_n)
+        drawn = [draw(jax.random.fold_in(key, zlib.crc32(name.encode()))) for name in concrete(site)]
+        out[site + "/lora_a"] = jnp.stack(drawn) if is_stacked(site) else drawn[0]
     return out
 
 
@@ -54,7 +54,8 @@ def add_lora(params: Params, sites: Sequence[str], rank: int, scale: float, key:
         if not 1 <= rank <= width:
             raise RequestError(f"rank {rank} at {site!r}: accepted: 1 to {width}, the site's smaller width")
         if site + "/lora_a" in params:
-            raise RequestError(f"{site!r} has an adapter already; two adapter methods cannot share a site")
+            taken = site + "/lora_a"
+            raise KeyTaken(f"{site!r} has an adapter already; adapter methods cannot share a site", taken)
     scales = {s + "/lora_scale": jnp.full(_lead(params, s), scale, jnp.float32) for s in sites}
     return {**params, **fresh_a(params, sites, rank, key), **zero_b(params, sites, rank), **scales}
 
