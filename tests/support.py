@@ -1,0 +1,130 @@
+"""A two-layer decoder, stages of random questions and answers, and short ways to run methods on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxcl.core.experiment import Experiment
+from jaxcl.core.loop import Loop
+from jaxcl.core.progress import Reporter
+from jaxcl.core.run import train
+from jaxcl.core.types import Method
+from jaxcl.data.encode import Example, encode
+from jaxcl.data.stage import Stage
+from jaxcl.models.decoder import decoder
+from jaxcl.models.spec import DecoderSpec, tiny
+from jaxcl.models.stacking import restack
+
+SPEC = tiny(vocab=32, layers=2, width=16, heads=2, kv_heads=1, mlp=32, context=64)
+STACK = ((("block",), 2),)  # both layers under one key
+WINDOW, TARGETS = 12, 3
+
+
+class Answers:
+    """A `Source`: prompts of 3 to 8 random tokens, an answer of 1 to 3 tokens that the first one decides."""
+
+    def __init__(self, name: str, n: int = 16, seed: int = 0):
+        rng = np.random.default_rng([seed, 7])
+        self.name, self.n = name, n
+        table = rng.integers(0, SPEC.vocab, (SPEC.vocab, TARGETS))
+        self.prompts = [rng.integers(0, SPEC.vocab, rng.integers(3, 9)) for _ in range(n)]
+        self.answers = [table[p[0]][: 1 + p[0] % TARGETS] for p in self.prompts]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Example:
+        return encode(self.prompts[i].tolist(), self.answers[i].tolist(), WINDOW, TARGETS, row=i)
+
+    def label(self, i: int) -> str:
+        return f"{self.name}-{len(self.answers[i])}"
+
+    def record(self, i: int) -> dict[str, Any]:
+        return {"id": self.id(i), "prompt": self.prompts[i].tolist(), "answer": self.answers[i].tolist()}
+
+    def id(self, i: int) -> str:
+        return f"{self.name}/{i}"
+
+
+def stages(n: int = 3, rows: int = 16) -> list[Stage]:
+    return [Stage(f"s{i}", Answers(f"s{i}", rows, seed=i)) for i in range(n)]
+
+
+def weights(spec: DecoderSpec = SPEC) -> dict[str, jax.Array]:
+    """The initial weights; the same numbers however the spec stacks its layers."""
+    return decoder(spec).init(spec, jax.random.key(0))
+
+
+def experiment(
+    methods: Sequence[Method], *, n: int = 3, rows: int = 16, spec: DecoderSpec = SPEC, **kw: Any
+) -> Experiment:
+    """Three stages of sixteen rows on one device; every field of Experiment may be given."""
+    kw = {"tx": optax.adam(3e-3), "batch_size": 8, "save_every": 0, "mesh": {"data": 1}, "stages": stages(n, rows)} | kw
+    kw.setdefault("params", weights(spec))
+    return Experiment(model=decoder(spec), methods=methods, **kw)
+
+
+@dataclasses.dataclass
+class Done:
+    """What a run left: the loop, its final weights, and the log's records."""
+
+    loop: Loop
+    params: dict[str, np.ndarray]
+    log: list[dict[str, Any]]
+    out: Path
+
+    @property
+    def compilations(self) -> int:
+        return self.loop.compiled.compilations.by_name.get("train_step", 0)
+
+    def losses(self, stage: int | None = None) -> np.ndarray:
+        return np.array([r["loss"] for r in self.log if stage is None or r["stage"] == stage])
+
+
+def run(methods: Sequence[Method], out: Path, **kw: Any) -> Done:
+    """Trains the methods in a new directory ``out``."""
+    loop = train(experiment(methods, **kw), out, reporter=Reporter(quiet=True))
+    assert loop is not None, f"{out} was finished already"
+    return Done(loop, to_numpy(loop.now.world.params), read_log(out), out)
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def to_numpy(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def unstacked(params: dict, spec: DecoderSpec) -> dict[str, np.ndarray]:
+    return to_numpy(restack(params, spec, spec.unstacked)[0])
+
+
+def digest(params: dict) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes."""
+    found = hashlib.sha256()
+    for k in sorted(params):
+        a = np.ascontiguousarray(params[k])
+        found.update(f"{k} {a.shape} {a.dtype}".encode() + a.tobytes())
+    return found.hexdigest()
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two dicts of arrays are equal bit for bit."""
+    return digest(a) == digest(b)
+
+
+def relative(a: dict, b: dict) -> float:
+    """The largest relative difference in norm over all tensors."""
+    assert a.keys() == b.keys()
+    norm = np.linalg.norm
+    return max(float(norm(np.ravel(a[k] - b[k])) / max(norm(np.ravel(b[k])), 1e-12)) for k in a)

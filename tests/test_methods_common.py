@@ -1,0 +1,177 @@
+"""What holds for every method, alone and in pairs. A new method is one row of ROWS."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import optax
+import pytest
+from support import SPEC, STACK, Done, experiment, relative, run, same, to_numpy, unstacked, weights
+
+from jaxcl.core.between import Between
+from jaxcl.core.types import Method
+from jaxcl.errors import RequestError
+from jaxcl.methods.ewc import ewc
+from jaxcl.methods.finetune import finetune
+from jaxcl.methods.inclora import inclora
+from jaxcl.methods.joint import joint
+from jaxcl.methods.lora import lora
+from jaxcl.methods.olora import olora
+from jaxcl.methods.replay import replay
+from jaxcl.transforms.mofo import mofo
+
+pytestmark = pytest.mark.usefixtures("quick")
+SMALL = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
+BANK = SMALL | {"max_stages": 3}
+ROWS: dict[str, Callable[[], Method]] = {
+    "finetune": lambda: finetune(),
+    "joint": lambda: joint(),
+    "replay": lambda: replay(ratio=0.5, capacity=12),
+    "replay balanced": lambda: replay(count=4, capacity=8, policy="class_balanced"),
+    "ewc": lambda: ewc(strength=50.0, rows=8),
+    "ewc separate": lambda: ewc(strength=50.0, rows=8, mode="separate", fisher="sampled", max_stages=3),
+    "lora": lambda: lora(**SMALL),
+    "lora merged": lambda: lora(merged=True, name="merging", **SMALL),
+    "inclora": lambda: inclora(**BANK),
+    "olora": lambda: olora(norm_strength=0.1, **BANK),
+}
+ADAPTERS = ("lora", "lora merged", "inclora", "olora")
+# What must be the same as training without any method: a strength of nothing is nothing, bit for bit.
+NOTHING: dict[str, Callable[[], Method]] = {
+    "joint": lambda: replay(ratio=0.0),
+    "replay": lambda: replay(ratio=0.5, capacity=0),
+    "replay balanced": lambda: replay(count=0, policy="class_balanced"),
+    "ewc": lambda: ewc(strength=0.0, rows=8),
+    "ewc separate": lambda: ewc(strength=0.0, rows=8, mode="separate", max_stages=3),
+}
+DECAY = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.05, momentum=0.9))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Callable[..., Done]:
+    """Three stages under momentum and weight decay, run once per method and spec."""
+    made: dict = {}
+
+    def get(name: str, stacked: bool = False) -> Done:
+        if (name, stacked) not in made:
+            spec = dataclasses.replace(SPEC, segments=STACK) if stacked else SPEC
+            out = tmp_path_factory.mktemp("run") / "out"
+            made[name, stacked] = run([ROWS[name]()], out, tx=DECAY, spec=spec)
+        return made[name, stacked]
+
+    return get
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_three_stages_in_one_compilation(trained, name):
+    done = trained(name)
+    assert done.compilations == 1
+    assert len(done.log) >= 6 and np.isfinite(done.losses()).all()
+    start = weights()
+    for path, value in start.items():
+        assert done.params[path].shape == value.shape and done.params[path].dtype == value.dtype
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_terms_add_up_to_the_loss(trained, name):
+    for record in trained(name).log:
+        terms = [v for k, v in record.items() if k == "objective" or "/" in k]
+        assert np.isclose(record["loss"], np.sum(np.float64(terms)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_frozen_is_bit_identical_also_under_weight_decay(trained, name):
+    done, start = trained(name), to_numpy(weights())
+    free = done.loop.now.world.trained
+    frozen = {k: v for k, v in start.items() if k not in free}
+    if name != "lora merged":  # which adds to its frozen kernels between stages
+        assert same({k: done.params[k] for k in frozen}, frozen)
+    moved = [k for k in free if k in start and not np.array_equal(done.params[k], start[k])]
+    assert len(moved) == len([k for k in free if k in start]), "what is trained moves"
+    if name in ADAPTERS:
+        assert not moved and all(k.endswith(("/lora_a", "/lora_b")) for k in free)
+        assert all(np.abs(done.params[k]).max() > 0 for k in free if name != "lora merged")
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_strength_zero_is_nothing_and_more_is_something(trained, name, tmp_path):
+    plain = trained("finetune")
+    nothing = run([NOTHING[name]()], tmp_path / "nothing", tx=DECAY)
+    assert same(nothing.params, plain.params) and np.array_equal(nothing.losses(), plain.losses())
+    assert not same(trained(name).params, plain.params)
+
+
+def test_olora_without_strengths_is_inclora_and_with_them_is_not(trained, tmp_path):
+    plain = trained("inclora")
+    nothing = run([olora(strength=0.0, **BANK)], tmp_path / "nothing", tx=DECAY)
+    assert same(nothing.params, plain.params)
+    assert not same(trained("olora").params, plain.params)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_stacked_layers_train_as_unstacked_ones(trained, name):
+    """Three whole stages: step, Fisher, surgery, banks and merging all map over the layers' axis."""
+    one, stack = trained(name), trained(name, stacked=True)
+    assert any(":" in k for k in stack.params) and not any(":" in k for k in one.params)
+    np.testing.assert_allclose(stack.losses(), one.losses(), rtol=2e-5)
+    spec = stack.loop.now.world.spec
+    assert relative(unstacked(stack.params, spec), one.params) < 1e-4
+
+
+def compatible() -> list[tuple[str, str]]:
+    """Every method with every other; the variants of one method share its step."""
+    first = {make().name: row for row, make in reversed(ROWS.items())}.values()
+    return [p for p in itertools.combinations(reversed(first), 2) if not (p[0] in ADAPTERS and p[1] in ADAPTERS)]
+
+
+@pytest.mark.parametrize("pair", compatible(), ids="+".join)
+def test_pairs_of_compatible_methods(trained, pair, tmp_path):
+    done = run([ROWS[name]() for name in pair], tmp_path / "out", tx=DECAY, n=2)
+    assert done.compilations == 1 and np.isfinite(done.losses()).all()
+    for name in pair:
+        alone, key = trained(name), ROWS[name]().name
+        mine, theirs = done.loop.now.owns[key], alone.loop.now.owns[key]
+        assert mine.keys() == theirs.keys() and sorted(mine["fixed"]) == sorted(theirs["fixed"])
+        terms = {k for k in alone.log[0] if k.startswith(key + "/")}
+        assert terms <= done.log[0].keys(), "every term of each is there"
+    assert done.loop.now.owns.keys() == {ROWS[name]().name for name in pair}
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(ADAPTERS, 2)), ids="+".join)
+def test_two_adapter_methods_on_the_same_sites_are_refused(pair):
+    methods = [ROWS[name]() for name in pair]
+    with pytest.raises(RequestError) as error:
+        Between(experiment(methods), lambda: None).begin(0)
+    assert all(repr(m.name) in str(error.value) for m in methods)
+
+
+def test_two_methods_of_one_name_are_refused(tmp_path):
+    with pytest.raises(RequestError, match="two methods are named 'ewc'"):
+        run([ewc(), ewc(mode="mean")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["finetune", "ewc", "lora", "olora"])
+def test_mofo_with_every_kind_of_step(name, tmp_path):
+    """The pair of a method and the transform: what is trained moves, at least as much of it as is chosen."""
+    done = run([ROWS[name]()], tmp_path / "out", tx=mofo(1e-2, fraction=0.05), n=2)
+    assert done.compilations == 1 and np.isfinite(done.losses()).all()
+    start, free = to_numpy(weights()), done.loop.now.world.trained
+    for path in start.keys() - free:
+        assert np.array_equal(done.params[path], start[path])
+    if name in ("finetune", "ewc"):
+        steps = len(done.log)
+        for path in free:
+            changed = int(np.sum(done.params[path] != start[path]))
+            if "norm" not in path:
+                k = max(1, int(start[path].size * 0.05))
+                assert k <= changed <= k * steps
+
+
+def test_the_random_numbers_of_a_step_depend_on_the_seed(tmp_path):
+    """Dropout is on in `lora`: another seed, another run; the same seed, the same."""
+    runs = [run([ROWS["lora"]()], tmp_path / str(i), n=1, seed=s, tx=DECAY) for i, s in enumerate((1, 1, 2))]
+    assert same(runs[0].params, runs[1].params) and not same(runs[0].params, runs[2].params)
