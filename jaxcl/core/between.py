@@ -62,8 +62,8 @@ class Between:
                 try:
                     self.world, own = m.begin(self.given(n, 0), own)
                 except KeyTaken as e:
-                    other = self.owner.get(e.key, "the given weights")
-                    raise RequestError(f"methods {other!r} and {m.name!r} do not go together: {e}") from e
+                    maker = self.owner.get(e.key, "the given weights")
+                    raise RequestError(f"methods {maker!r} and {m.name!r} do not go together: {e}") from e
                 self.world = self.world._replace(params=dict(sorted(self.world.params.items())))
                 self.owner |= {k: m.name for k in self.world.params if k not in before}
                 for other in self.methods[:n]:  # those behind see these edits before their own begin
