@@ -71,6 +71,7 @@ def fold_plans(methods: Sequence[Method], world: World, owns: Mapping[str, Own],
             continue
         before = {p.name: p for p in phases}
         phases = m.plan(world, owns[m.name], list(phases))
+        added: list[Stream] = []
         for p in phases:
             old = before.get(p.name)
             if p.objective is not (old.objective if old else weighted_nll):
@@ -80,8 +81,8 @@ def fold_plans(methods: Sequence[Method], world: World, owns: Mapping[str, Own],
                         "a phase has one"
                     )
                 setter[p.name] = m.name
-            fresh = [s for s in p.streams if old is None or not any(s is t for t in old.streams)]
-            check_keeps(m, fresh, world.stage)
+            added += [s for s in p.streams if old is None or not any(s is t for t in old.streams)]
+        check_keeps(m, added, world.stage)
     if not phases:
         raise RequestError(f"no phase is left to train in stage {world.stage}; the plans removed them all")
     return phases
