@@ -52,7 +52,7 @@ class Store:
     """
 
     def __init__(self, root: Path, process: int = 0):
-        self.root, self.process = root, process
+        self.root, self.process = root.absolute(), process  # Orbax takes no relative path
         self._known: dict[int, tuple[weakref.ref, str, str]] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
