@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -68,3 +69,9 @@ def test_accounting_counts_steps_and_parameters(tmp_path):
     assert account["steps"] == 2 * 2  # two stages of 16 rows in batches of 8
     assert account["forward_passes"] == account["backward_passes"] == 32
     assert account["parameters"] == {"base": size, "extra": 0, "trained": size}
+
+
+def test_a_relative_run_directory_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(experiment([], n=1), Path("here/run"), reporter=Reporter(quiet=True))
+    assert (tmp_path / "here/run/checkpoints/stages/000/done").is_dir()
