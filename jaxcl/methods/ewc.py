@@ -85,7 +85,9 @@ def ewc(
         return world, {"fixed": fixed, "host": {"stages": t + 1}}
 
     kinds = {"fisher": "square", "anchor": "value"}
-    return Method(name=name, begin=begin, init=init, loss=loss if strength else None, end=end, kinds=kinds)
+    watch = begin if mode == "separate" else None
+    term = loss if strength else None
+    return Method(name=name, begin=watch, init=init, loss=term, end=end, kinds=kinds)
 
 
 def accumulate(old: jax.Array, new: jax.Array, mode: str, gamma: float, t: int) -> jax.Array:
@@ -98,8 +100,3 @@ def shaped(f: jax.Array, normalize: bool, clip: float | None) -> jax.Array:
     if normalize:
         f = f / jnp.maximum(jnp.mean(f), jnp.finfo(jnp.float32).tiny)
     return f if clip is None else jnp.minimum(f, clip)
-
-
-def penalty(params: Params, anchor: Params, fisher: Params, strength: float) -> jax.Array:
-    """strength/2 * sum_i F_i (theta_i - anchor_i)^2, for loops that use no Method."""
-    return strength * quadratic(params, anchor, fisher)

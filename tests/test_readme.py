@@ -1,0 +1,46 @@
+"""What the README shows runs, and its table names every method."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxcl.registry import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_twenty_lines_run(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    matrix = json.loads((tmp_path / "runs/two-methods/matrix.json").read_text())
+    before, rows = matrix["row0"], matrix["rows"]
+    assert len(rows) == 2
+    assert rows[0][0] < before[0] and rows[1][1] < rows[0][1]  # nats: each stage learned something
+
+
+def test_the_table_names_every_method():
+    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(METHODS)
+
+
+def test_the_table_names_the_slots_of_every_method():
+    from jaxcl.registry import constructor
+
+    for name, slots in re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|", README, re.MULTILINE):
+        if METHODS[name]["kind"] == "transform":
+            continue
+        options = [{}, {"merged": True}] if name == "lora" else [{}]
+        filled = {slot for o in options for slot in constructor(name)(**o).slots}
+        assert set(re.findall(r"`(\w+)`", slots)) == filled, name
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
