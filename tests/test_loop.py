@@ -75,3 +75,20 @@ def test_a_relative_run_directory_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(experiment([], n=1), Path("here/run"), reporter=Reporter(quiet=True))
     assert (tmp_path / "here/run/checkpoints/stages/000/done").is_dir()
+
+
+def test_events_hold_what_the_log_holds(tmp_path):
+    """Read back with protobuf through tensorboardX, not with what wrote them."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    train(experiment([], n=1), tmp_path / "run", reporter=Reporter(quiet=True))
+    (file,) = (tmp_path / "run/events").iterdir()
+    raw, at, seen = file.read_bytes(), 0, {}
+    while at < len(raw):  # records: length u64, crc u32, bytes, crc u32
+        size = int.from_bytes(raw[at : at + 8], "little")
+        event = Event.FromString(raw[at + 12 : at + 12 + size])
+        seen |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+        at += 16 + size
+    for line in (tmp_path / "run/log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert seen["train/loss", record["step"]] == np.float32(record["loss"])

@@ -111,7 +111,7 @@ class Loop:
                 pending = None
                 started = self.measure.lap(i, "train", started)
                 entry = journal.entry_name(i, j, phase.name, "step", self.step + done)
-                meta = {"begun": begun, **self._meta()}
+                meta = {"begun": begun, "reached": self.step + done, **self._meta()}
                 self.store.save(entry, journal.flatten(state, "state"), meta, data)
                 if self.stop.requested:
                     self.store.wait()
@@ -172,7 +172,7 @@ class Loop:
         self.opt = self.now.unpack(load, self.store.read(begun)["meta"], at.stage)
         self.step = meta["step"]
         self.dir.create(self.config)
-        self.dir.open_log(meta["log_bytes"])
+        self.dir.open_log(meta["log_bytes"], meta.get("reached", self.step))
         self.measure.restore(meta["measured"])
         self.reporter.say(f"continuing after {entry}")
         return at

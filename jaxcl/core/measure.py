@@ -58,6 +58,7 @@ class Measurements:
             self.reporter.stop()
             self.dir.write_predictions(e.id, row, items)
             values.append(mean_score(items))
+        self.dir.measured(row, {e.id: v for e, v in zip(self.exp.evals, values, strict=True)})
         shown = "  ".join(f"{e.id} {v:.4f}" for e, v in zip(self.exp.evals, values, strict=True) if v is not None)
         self.reporter.say(f"{label}: {shown}")
         self.add_seconds(stage, "eval", time.monotonic() - started)

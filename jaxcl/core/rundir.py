@@ -1,4 +1,4 @@
-"""A run directory: config.json, matrix.json, metrics.json, predictions/, log.jsonl, checkpoints/."""
+"""A run directory: config.json, matrix.json, metrics.json, predictions/, log.jsonl, events/, checkpoints/."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class RunDir:
         self.path, self.writes = path, process == 0
         self.log_bytes = 0
         self._log: Any = None
+        self._events: Any = None
 
     @property
     def checkpoints(self) -> Path:
@@ -87,15 +88,28 @@ class RunDir:
 
     # the log
 
-    def open_log(self, size: int) -> None:
-        """Continues the log at ``size`` bytes; what a killed process wrote after its last save is cut off."""
+    def open_log(self, size: int, step: int = 0) -> None:
+        """Continues the log at ``size`` bytes; what a killed process wrote after its last save is cut off.
+
+        TensorBoard's events, which do hold times, are told to forget the steps from ``step`` on. Raises RequestError
+        when there is less than ``size``: what was lost cannot be had again.
+        """
         if not self.writes:
             return
         file = self.path / "log.jsonl"
+        there = file.stat().st_size if file.exists() else 0
+        if there < size:
+            raise RequestError(
+                f"{file} has {there} bytes, the checkpoint was written after {size}; "
+                "put the log back, or give another --out"
+            )
         self._log = file.open("r+b" if file.exists() else "w+b")
         self._log.truncate(size)
         self._log.seek(size)
         self.log_bytes = size
+        from tensorboardX import SummaryWriter
+
+        self._events = SummaryWriter(str(self.path / "events"), purge_step=step if size else None)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one object; it reaches the disk with the next `flush`."""
@@ -103,6 +117,9 @@ class RunDir:
         self.log_bytes += len(line)
         if self._log is not None:
             self._log.write(line)
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(f"train/{name}", value, record["step"])
 
     def flush(self) -> None:
         """To the disk, before a checkpoint claims these bytes."""
@@ -113,9 +130,17 @@ class RunDir:
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
-            self._log = None
+            self._events.close()
+            self._log = self._events = None
 
     # measurements
+
+    def measured(self, row: int, values: Mapping[str, float | None]) -> None:
+        """A row of the matrix for TensorBoard; the step is the number of stages behind it."""
+        if self._events is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._events.add_scalar(f"eval/{name}", value, row)
 
     def write_predictions(self, eval_id: str, row: int, items: Sequence[Mapping[str, Any]]) -> None:
         """predictions/<eval>.row<k>.jsonl.gz, row 0 being the model before any training."""
