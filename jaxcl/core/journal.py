@@ -61,7 +61,7 @@ def newest(store: Store, say: Callable[[str], None]) -> str | None:
     ordered = sorted((p, e) for e in store.entries() if (p := position(e)) is not None)
     found, dropped = None, []
     for _, entry in reversed(ordered):
-        why = store.damage(entry)
+        why = damage(store, entry)
         if not why:
             found = entry
             break
@@ -70,6 +70,15 @@ def newest(store: Store, say: Callable[[str], None]) -> str | None:
         say(f"checkpoint {entry} is damaged ({why}); going back to {found or 'the start'}")
         store.delete(entry)
     return found
+
+
+def damage(store: Store, entry: str) -> str:
+    """'' or what is wrong with an entry, or with the start of its phase, which a step cannot do without."""
+    why = store.damage(entry)
+    begun = "" if why else store.read(entry)["meta"].get("begun", "")
+    if begun and (lost := store.damage(begun)):
+        return f"it builds on {begun}: {lost}"
+    return why
 
 
 def prune(store: Store, stage: int, keep: int, steps: int = 2) -> None:

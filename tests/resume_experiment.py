@@ -1,0 +1,79 @@
+"""Two short stages that can be stopped anywhere; run by the tests of resuming, also as a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+
+import numpy as np
+import optax
+from support import Answers, experiment
+
+from jaxcl.core.experiment import Experiment
+from jaxcl.data.encode import Example
+from jaxcl.data.pipeline import batches
+from jaxcl.data.stage import Stage
+from jaxcl.evaluate.base import Eval
+from jaxcl.methods.ewc import ewc
+from jaxcl.methods.finetune import finetune
+from jaxcl.methods.inclora import inclora
+from jaxcl.methods.joint import joint
+from jaxcl.methods.lora import lora
+from jaxcl.methods.olora import olora
+from jaxcl.methods.replay import replay
+from jaxcl.transforms.mofo import mofo
+
+ADAPTER = {"rank": 2, "alpha": 4.0, "dropout": 0.2}
+METHODS = {
+    "finetune": finetune,
+    "joint": joint,
+    "replay": lambda: replay(ratio=0.5, capacity=10),
+    "balanced": lambda: replay(ratio=0.5, capacity=10, policy="class_balanced"),
+    "ewc": lambda: ewc(strength=20.0, rows=8, fisher="sampled"),
+    "separate": lambda: ewc(strength=20.0, rows=8, mode="separate", max_stages=2),
+    "lora": lambda: lora(**ADAPTER),
+    "merged": lambda: lora(merged=True, **ADAPTER),
+    "inclora": lambda: inclora(max_stages=2, **ADAPTER),
+    "olora": lambda: olora(max_stages=2, **ADAPTER),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    methods: tuple[str, ...] = ("replay", "ewc")
+    optimizer: str = "adam"
+    rows: int = 64
+    reset_opt: bool = True
+    seed: int = 3
+
+
+class Slow(Answers):
+    """Reads a row in the time that the environment says, so that a signal from outside finds the run awake."""
+
+    def __getitem__(self, i: int) -> Example:
+        time.sleep(float(os.environ.get("JAXCL_TEST_PAUSE", "0")))
+        return super().__getitem__(i)
+
+
+def held_out(apply, head, spec, params, batch):
+    return apply(spec, params, batch).nll
+
+
+def evaluate(view, progress) -> list[dict]:
+    source, items = Answers("held out", 8, seed=99), []
+    for batch in batches(source, None, 8):
+        nll = np.asarray(view.call(held_out, {k: v for k, v in batch.items() if k != "row"}))
+        items += [{"id": source.id(i), "prediction": None, "score": float(x.sum())} for i, x in enumerate(nll)]
+    progress(8, 8)
+    return items
+
+
+def build(cfg: Config) -> Experiment:
+    stages = [Stage(f"s{i}", Slow(f"s{i}", cfg.rows, seed=i), evals=("nll",)) for i in range(2)]
+    tx = mofo(3e-3, fraction=0.2) if cfg.optimizer == "mofo" else optax.adam(3e-3)
+    evals = [Eval("nll", "nll", 8, evaluate, higher_is_better=False, range=(0.0, float("inf")))]
+    return experiment(
+        [METHODS[m]() for m in cfg.methods], stages=stages, tx=tx, evals=evals, batch_size=4, save_every=3,
+        reset_opt=cfg.reset_opt, seed=cfg.seed,
+    )  # fmt: skip
