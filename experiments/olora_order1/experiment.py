@@ -12,7 +12,6 @@ import dataclasses
 import os
 
 import optax
-from jaxcl.models.fetch import load
 
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.types import Method
@@ -24,6 +23,7 @@ from jaxcl.methods.joint import joint
 from jaxcl.methods.lora import lora
 from jaxcl.methods.olora import olora
 from jaxcl.methods.replay import replay
+from jaxcl.models.fetch import load
 
 
 @dataclasses.dataclass(frozen=True)
