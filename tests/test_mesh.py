@@ -1,0 +1,59 @@
+"""One device and eight emulated ones, four by two, agree; a run moves from one mesh to another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import relative
+
+SCRIPT = Path(__file__).with_name("mesh_runs.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, np.ndarray]:
+    out = tmp_path_factory.mktemp("mesh")
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run([sys.executable, str(SCRIPT), str(out)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"devices": 8}
+    with np.load(out / "found.npz", allow_pickle=False) as file:
+        return {k.replace("|", "/"): file[k] for k in file.files}
+
+
+def params(found: dict, name: str) -> dict[str, np.ndarray]:
+    start = f"{name}/params/"
+    return {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
+
+
+@pytest.mark.parametrize("methods", ["olora+replay", "ewc"])
+def test_one_device_and_eight_agree(found, methods):
+    one, many = (f"{methods}/{mesh}" for mesh in ("one", "many"))
+    spread, keys = found[f"{many}/spread"]
+    assert spread > keys / 2, "weights are really spread over the mesh"
+    assert found[f"{one}/spread"][0] == 0
+    np.testing.assert_allclose(found[f"{many}/losses"], found[f"{one}/losses"], rtol=1e-5)
+    assert relative(params(found, many), params(found, one)) < 1e-5
+
+
+@pytest.mark.parametrize("onto", ["one", "many"])
+def test_a_run_goes_on_on_another_mesh(found, onto):
+    unbroken, moved = "moved/unbroken", f"moved/{onto}"
+    assert len(found[f"{moved}/losses"]) == len(found[f"{unbroken}/losses"]) == 8
+    np.testing.assert_allclose(found[f"{moved}/losses"], found[f"{unbroken}/losses"], rtol=1e-5)
+    assert relative(params(found, moved), params(found, unbroken)) < 1e-5
+
+
+def test_mofo_selects_the_same_entries_on_a_sharded_leaf(found):
+    one, many = params(found, "mofo/one"), params(found, "mofo/many")
+    spread = [k.removeprefix("mofo/spread/") for k, v in found.items() if k.startswith("mofo/spread/") and v]
+    assert any(":" in k for k in spread) and any(":" not in k for k in spread)
+    for k in one:
+        assert np.array_equal(one[k], many[k]), k
+    chosen = {k: np.count_nonzero(one[k]) for k in spread}
+    assert all(chosen[k] < one[k].size / 2 for k in spread)
