@@ -14,13 +14,17 @@ from support import SPEC, STACK, Done, experiment, relative, run, same, to_numpy
 from jaxcl.core.between import Between
 from jaxcl.core.types import Method
 from jaxcl.errors import RequestError
+from jaxcl.methods.agem import agem
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
+from jaxcl.methods.gem import gem
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
 from jaxcl.methods.lora import lora
+from jaxcl.methods.lwf import lwf
 from jaxcl.methods.olora import olora
 from jaxcl.methods.replay import replay
+from jaxcl.methods.si import si
 from jaxcl.transforms.mofo import mofo
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -33,6 +37,11 @@ ROWS: dict[str, Callable[[], Method]] = {
     "replay balanced": lambda: replay(count=4, capacity=8, policy="class_balanced"),
     "ewc": lambda: ewc(strength=50.0, rows=8),
     "ewc separate": lambda: ewc(strength=50.0, rows=8, mode="separate", fisher="sampled", max_stages=3),
+    "si": lambda: si(strength=1.0),
+    "lwf": lambda: lwf(),
+    "lwf asked": lambda: lwf(teacher="topk", rows="new", k=4),
+    "agem": lambda: agem(capacity=8),
+    "gem": lambda: gem(capacity=8, max_stages=3),
     "lora": lambda: lora(**SMALL),
     "lora merged": lambda: lora(merged=True, name="merging", **SMALL),
     "inclora": lambda: inclora(**BANK),
@@ -45,6 +54,10 @@ NOTHING: dict[str, Callable[[], Method]] = {
     "replay": lambda: replay(ratio=0.5, capacity=0),
     "replay balanced": lambda: replay(count=0, policy="class_balanced"),
     "ewc": lambda: ewc(strength=0.0, rows=8),
+    "si": lambda: si(strength=0.0),
+    "lwf": lambda: lwf(strength=0.0),
+    "agem": lambda: agem(capacity=0),
+    "gem": lambda: gem(capacity=0, max_stages=3),
     "ewc separate": lambda: ewc(strength=0.0, rows=8, mode="separate", max_stages=3),
 }
 DECAY = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.05, momentum=0.9))

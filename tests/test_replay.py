@@ -13,7 +13,8 @@ from jaxcl.core.between import Between
 from jaxcl.data.reservoir import Memory, class_balanced, reservoir
 from jaxcl.errors import RequestError
 from jaxcl.methods.joint import joint
-from jaxcl.methods.replay import _load, _store, replay
+from jaxcl.methods.memory import load, store
+from jaxcl.methods.replay import replay
 
 POLICIES = {"reservoir": reservoir, "class_balanced": class_balanced}
 
@@ -56,7 +57,7 @@ def test_writing_in_two_calls_equals_one_call_also_after_being_saved(policy):
     write, labels = POLICIES[policy], stream(70, 1)
     whole = write(Memory.empty(), labels, 9, 5)
     first = write(Memory.empty(), labels[:31], 9, 5)
-    restored, starts = _load(_store(first, [0]))
+    restored, starts = load(store(first, [0]))
     split = write(restored, labels[31:], 9, 5)
     assert starts == [0]
     assert split.items.tolist() == whole.items.tolist() and split.labels.tolist() == whole.labels.tolist()

@@ -50,7 +50,7 @@ class StepCache:
         exp = self.exp
         key = (spec, phase.objective, phase.active, id(phase.tx or exp.tx), _shapes((state, fixed, batch)))
         if key not in self._compiled:
-            step = make_step(exp.model.apply, spec, exp.methods, exp.tx, phase, exp.accumulate)
+            step = make_step(exp.model.apply, spec, exp.methods, exp.tx, phase, exp.accumulate, exp.model.head)
 
             def train_step(state: State, fixed: Fixed, batch: Any, seed: Any) -> Any:
                 return step(state, fixed, batch, seed)

@@ -32,12 +32,14 @@ def make_step(
     tx: optax.GradientTransformation,
     phase: Phase,
     accumulate: int = 1,
+    head: Callable[..., jax.Array] | None = None,
 ) -> Step:
     """The step of a phase, pure and unjitted: ``step(state, fixed, batch, seed) -> (state, metrics)``.
 
-    ``tx`` may read ``clock=`` as an optax extra argument. ``accumulate`` splits the rows of a batch (their number
-    must be divisible by it) into as many micro-batches; a micro-batch's whole loss counts by its share of the
-    target weight. metrics: f32 scalars ``loss``, ``objective``, every ``method/term``, ``grad_norm``, ``weight``.
+    ``tx`` may read ``clock=`` as an optax extra argument; ``head`` gives methods logits (``ctx.head``). ``accumulate``
+    splits the rows of a batch (their number must be divisible by it) into as many micro-batches; a micro-batch's
+    whole loss counts by its share of the target weight. metrics: f32 scalars ``loss``, ``objective``, every
+    ``method/term``, ``grad_norm``, ``weight``.
     """
     methods = compose.active(methods, phase)
     taps = tuple(sorted({t for m in methods for t in m.taps}))
@@ -52,7 +54,8 @@ def make_step(
         def loss_fn(train: Params, batch: Batch, key: jax.Array, with_terms: bool) -> tuple[jax.Array, dict]:
             params = merge(fixed.frozen, train)
             out = model(spec, params, batch, taps=taps, train=True, key=jax.random.fold_in(key, 0))
-            ctx = Ctx(params, None, batch, batch["weight"], out, clock, jax.random.fold_in(key, 1), model)
+            own_key = jax.random.fold_in(key, 1)
+            ctx = Ctx(params, None, batch, batch["weight"], out, clock, own_key, model, spec, head)
             ctx = ctx._replace(weight=compose.weights(methods, ctx, owns))
             named = {"objective": phase.objective(ctx)}
             if with_terms:
@@ -83,7 +86,8 @@ def make_step(
         live = dict(state.live)
         if watch:
             out = Outputs(nll=aux["out"]["nll"], taps=aux["out"]["taps"], aux=aux["out"]["aux"])
-            ctx = Ctx(merge(fixed.frozen, state.train), None, batch, batch["weight"], out, clock, key, model)
+            params = merge(fixed.frozen, state.train)
+            ctx = Ctx(params, None, batch, batch["weight"], out, clock, key, model, spec, head)
             for m in methods:
                 if m.observe is not None:
                     live[m.name] = m.observe(ctx._replace(own=owns[m.name]), grads, updates, state.train)

@@ -36,7 +36,7 @@ class Toolbox:
     def __init__(self, model: Model, methods: Sequence[Method], sources: Sequence[Any], batch_size: int, place: Any):
         self.model, self.methods, self.sources = model, tuple(methods), sources
         self.batch_size, self.place = batch_size, place
-        self._mean: dict[Any, Callable] = {}
+        self._asked: dict[Any, Callable] = {}
 
     def tools(self, world: World | None, owns: dict[str, Any], stop: Callable[[], None] = lambda: None) -> Tools:
         """The tools as of ``world``; ``stop`` is called between batches and may raise."""
@@ -54,9 +54,14 @@ class Toolbox:
             assert world is not None
             return self._mean_over(fn, world, owns, batches(world.stage, n), key)
 
+        def each(fn: Callable, key: jax.Array, n: int | None = None) -> Any:
+            assert world is not None
+            return self._each_of(fn, world, owns, n, key, stop)
+
         return Tools(
             batches=batches,
             mean=mean,
+            each=each,
             size=lambda stage: len(self.sources[stage]),
             labels=lambda stage: self._labels(world, stage),
         )
@@ -74,42 +79,57 @@ class Toolbox:
         return np.array([source.label(i) for i in range(len(source))])
 
     def _mean_over(self, fn: Callable, world: World, owns: dict, batches: Iterator[Batch], key: jax.Array) -> Any:
-        train, frozen = split(world.params, world.trained)
-        fixed = {k: v.get("fixed") for k, v in owns.items()}
-        live = {k: v.get("live") for k, v in owns.items()}
-        cached = (fn, world.spec, world.trained)
-        if cached not in self._mean:
-            self._mean[cached] = self._compile_mean(fn, world.spec)
         total, count = None, 0
         for i, batch in enumerate(batches):
-            real = int(np.sum(batch["row"] >= 0))
-            part = self._mean[cached](
-                train, frozen, fixed, live, Clock.at(stage=world.stage), self.place(batch), jax.random.fold_in(key, i)
-            )
-            total = part if total is None else jax.tree.map(jnp.add, total, part)
-            count += real
+            values = self._ask(fn, world, owns, batch, jax.random.fold_in(key, i), summed=True)
+            total = values if total is None else jax.tree.map(jnp.add, total, values)
+            count += int(np.sum(batch["row"] >= 0))
         if total is None:
             raise RequestError(f"stage {world.stage} has no rows to take a mean over")
         return jax.tree.map(lambda x: x / np.float32(count), total)
 
-    def _compile_mean(self, fn: Callable, spec: Any) -> Callable:
+    def _each_of(self, fn: Callable, world: World, owns: dict, n: int | None, key: jax.Array, stop: Callable) -> Any:
+        source = self.sources[world.stage]
+        n = len(source) if n is None else min(n, len(source))
+        like = next(rows_once(source, [0], self.batch_size))
+        shapes = jax.eval_shape(lambda b: self._ask(fn, world, owns, b, key, summed=False), like)
+        largest = max(len(s) for s in self.sources)
+        out = jax.tree.map(lambda s: np.zeros((largest, *s.shape[1:]), s.dtype), shapes)
+        for i, batch in enumerate(rows_once(source, list(range(n)), self.batch_size)):
+            stop()
+            values = self._ask(fn, world, owns, batch, jax.random.fold_in(key, i), summed=False)
+            real = batch["row"] >= 0
+            jax.tree.map(lambda o, v, b=batch, r=real: o.__setitem__(b["row"][r], np.asarray(v)[r]), out, values)
+        return out
+
+    def _ask(self, fn: Callable, world: World, owns: dict, batch: Batch, key: jax.Array, summed: bool) -> Any:
+        """``fn`` of every row of a batch: f32 sums over its rows, or stacked."""
+        train, frozen = split(world.params, world.trained)
+        fixed = {k: v.get("fixed") for k, v in owns.items()}
+        live = {k: v.get("live") for k, v in owns.items()}
+        cached = (fn, world.spec, world.trained, summed)
+        if cached not in self._asked:
+            self._asked[cached] = self._compile(fn, world.spec, summed)
+        return self._asked[cached](train, frozen, fixed, live, Clock.at(stage=world.stage), self.place(batch), key)
+
+    def _compile(self, fn: Callable, spec: Any, summed: bool) -> Callable:
         model, methods = self.model, self.methods
 
-        def total(train: Params, frozen: Params, fixed: dict, live: dict, clock: Clock, batch: Batch, key: Any) -> Any:
-            apply = compose.wrapped(model.apply, methods, fixed, live, clock)
-            forward = Forward(model, apply, spec, frozen)
+        def ask(train: Params, frozen: Params, fixed: dict, live: dict, clock: Clock, batch: Batch, key: Any) -> Any:
+            forward = Forward(model, compose.wrapped(model.apply, methods, fixed, live, clock), spec, frozen)
 
-            def one(carry: Any, item: tuple) -> tuple[Any, None]:
-                i, row = item
-                row = jax.tree.map(lambda x: x[None], row)
-                value = fn(forward, train, row, jax.random.fold_in(key, i))
-                real = (row["row"][0] >= 0).astype(jnp.float32)
-                return jax.tree.map(lambda c, v: c + real * v.astype(jnp.float32), carry, value), None
+            def one(i: jax.Array, row: Batch) -> Any:
+                return fn(forward, train, jax.tree.map(lambda x: x[None], row), jax.random.fold_in(key, i))
 
-            first = jax.tree.map(lambda x: x[:1], batch)
-            shape = jax.eval_shape(lambda: fn(forward, train, first, key))
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shape)
-            size = jax.tree.leaves(batch)[0].shape[0]
-            return jax.lax.scan(one, zeros, (jnp.arange(size), batch))[0]
+            def add(carry: Any, item: tuple) -> tuple[Any, None]:
+                real = (item[1]["row"] >= 0).astype(jnp.float32)
+                return jax.tree.map(lambda c, v: c + real * v.astype(jnp.float32), carry, one(*item)), None
 
-        return jax.jit(total)
+            items = (jnp.arange(jax.tree.leaves(batch)[0].shape[0]), batch)
+            if not summed:
+                return jax.lax.map(lambda item: one(*item), items)
+            shapes = jax.eval_shape(lambda: one(*jax.tree.map(lambda x: x[0], items)))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+            return jax.lax.scan(add, zeros, items)[0]
+
+        return jax.jit(ask)

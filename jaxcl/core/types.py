@@ -100,6 +100,8 @@ class Ctx(NamedTuple):
     clock: Clock
     key: jax.Array
     model: Callable[..., Outputs]  # the wrapped apply, (spec, params, batch, ...) -> Outputs
+    spec: Any = None
+    head: Callable[..., jax.Array] | None = None  # (spec, params, hidden, at) -> logits, see Model
 
 
 class Budget(NamedTuple):
@@ -166,11 +168,14 @@ class Tools(NamedTuple):
         ``fn(forward, train, row_batch, key) -> tree``, f32, one row at a time and so exact for Fisher, MAS and
         second moments. ``forward(train, batch)`` gives Outputs without dropout and is differentiable in
         ``train``; ``forward.logits(train, out, at)`` gives logits. ``fn`` must be one stable object.
+    each(fn, key, n) -> tree of numpy arrays [N, ...]: the same ``fn`` for the first n rows of the stage (all where
+        None), in the rows' order; N is the largest stage's size, the rest zeros; n = 0 gives the shape alone.
     size(stage) -> number of training rows. labels(stage) -> a string per row (class or task).
     """
 
     batches: Callable[..., Any]
     mean: Callable[..., Any]
+    each: Callable[..., Any]
     size: Callable[[int], int]
     labels: Callable[[int], np.ndarray]
 

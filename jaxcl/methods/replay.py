@@ -8,15 +8,12 @@ rule of TRACE and CT0, a ratio, and of CITB, a count).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from jaxcl.core.types import Budget, Method, Own, Phase, Stream, World, method
-from jaxcl.data.reservoir import Memory, class_balanced, reservoir
-from jaxcl.errors import RequestError, unknown
-
-POLICIES = {"reservoir": reservoir, "class_balanced": class_balanced}
+from jaxcl.errors import RequestError
+from jaxcl.methods import memory
 
 
 @method
@@ -40,51 +37,19 @@ def replay(
     ratio = 0.1 if ratio is None and count is None else ratio
     if ratio is not None and not 0 <= ratio <= 1:
         raise RequestError(f"replay: ratio is {ratio}; accepted: 0 to 1")
-    for key, value in (("count", count or 0), ("capacity", capacity)):
-        if value < 0 or value != int(value):
-            raise RequestError(f"replay: {key} is {value}; accepted: a whole number of at least 0")
-    if policy not in POLICIES:
-        raise unknown("policy", policy, POLICIES, where="replay")
-
-    def init(world: World) -> Own:
-        return {"host": _store(Memory.empty(), [])}
+    memory.check("replay", policy, count=count or 0, capacity=capacity)
 
     def plan(world: World, own: Own, phases: list[Phase]) -> list[Phase]:
-        old = tuple(_stream(s, rows, world) for s, rows in sorted(_by_stage(own["host"]).items()))
+        old = tuple(stream(s, rows, world) for s, rows in memory.by_stage(own["host"]).items())
         old = tuple(s for s in old if s.share > 0)
         return [dataclasses.replace(p, streams=p.streams + old) for p in phases] if old else phases
 
-    def _stream(stage: int, rows: np.ndarray, world: World) -> Stream:
+    def stream(stage: int, rows: np.ndarray, world: World) -> Stream:
         wanted = count if ratio is None else ratio * world.tools.size(stage)
         return Stream(stage, rows, share=(wanted or 0) / len(rows))
 
     def end(world: World, own: Own) -> tuple[World, Own]:
-        memory, starts = _load(own["host"])
-        starts = [*starts, memory.seen]  # the stream of all stages is one; this stage starts here
-        labels = [str(label) for label in world.tools.labels(world.stage)]
-        return world, {"host": _store(POLICIES[policy](memory, labels, capacity, seed), starts)}
+        return world, memory.remember(world, own, policy, capacity, seed)
 
     keeps = Budget(examples=capacity)
-    return Method(name=name, keeps=keeps, init=init, plan=plan, end=end, hparams={"ratio": ratio})
-
-
-def _store(memory: Memory, starts: list[int]) -> dict[str, Any]:
-    plain = {k: v for k, v in dataclasses.asdict(memory).items() if k not in ("items", "labels")}
-    classes = sorted(set(memory.labels.tolist()))
-    codes = np.array([classes.index(c) for c in memory.labels.tolist()], np.int64)
-    arrays = {"rows": memory.items, "codes": codes} if len(memory.items) else {}
-    return {**plain, "classes": classes, "starts": starts, **arrays}
-
-
-def _load(host: dict[str, Any]) -> tuple[Memory, list[int]]:
-    rows = host.get("rows", np.zeros(0, np.int64))
-    labels = np.array([host["classes"][c] for c in host.get("codes", ())], np.str_)
-    seen = tuple((str(c), int(n)) for c, n in host["class_seen"])
-    return Memory(rows, labels, int(host["seen"]), seen, tuple(host["full"])), list(host["starts"])
-
-
-def _by_stage(host: dict[str, Any]) -> dict[int, np.ndarray]:
-    """{stage: sorted int64 rows of it in memory}."""
-    memory, starts = _load(host)
-    stage = np.searchsorted(np.array(starts, np.int64), memory.items, side="right") - 1
-    return {int(s): np.sort(memory.items[stage == s] - starts[s]) for s in np.unique(stage)}
+    return Method(name=name, keeps=keeps, init=memory.empty, plan=plan, end=end, hparams={"ratio": ratio})

@@ -1,0 +1,61 @@
+"""The row memory of replay, A-GEM and GEM: which rows of past stages a method holds, as indices, never as tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxcl.core.types import Own, World
+from jaxcl.data.reservoir import Memory, class_balanced, reservoir
+from jaxcl.errors import RequestError, unknown
+
+POLICIES: dict[str, Callable] = {"reservoir": reservoir, "class_balanced": class_balanced}
+
+
+def check(name: str, policy: str, **counts: float) -> None:
+    """Raises RequestError for an unknown policy or for a count that is no whole number of at least 0."""
+    for key, value in counts.items():
+        if value < 0 or value != int(value):
+            raise RequestError(f"{name}: {key} is {value}; accepted: a whole number of at least 0")
+    if policy not in POLICIES:
+        raise unknown("policy", policy, POLICIES, where=name)
+
+
+def empty(world: World) -> Own:
+    """The `init` of a method with a row memory."""
+    return {"host": store(Memory.empty(), [])}
+
+
+def remember(world: World, own: Own, policy: str, capacity: int, seed: int) -> Own:
+    """The memory after the rows of the current stage, each offered once, in their order."""
+    memory, starts = load(own["host"])
+    starts = [*starts, memory.seen]  # the stream of all stages is one; this stage starts here
+    labels = [str(label) for label in world.tools.labels(world.stage)]
+    return {"host": store(POLICIES[policy](memory, labels, capacity, seed), starts)}
+
+
+def store(memory: Memory, starts: list[int]) -> dict[str, Any]:
+    """A memory as numpy and JSON; ``starts``: where each stage begins in the stream of all stages."""
+    plain = {k: v for k, v in dataclasses.asdict(memory).items() if k not in ("items", "labels")}
+    classes = sorted(set(memory.labels.tolist()))
+    codes = np.array([classes.index(c) for c in memory.labels.tolist()], np.int64)
+    arrays = {"rows": memory.items, "codes": codes} if len(memory.items) else {}
+    return {**plain, "classes": classes, "starts": starts, **arrays}
+
+
+def load(host: dict[str, Any]) -> tuple[Memory, list[int]]:
+    """The inverse of `store`."""
+    rows = host.get("rows", np.zeros(0, np.int64))
+    labels = np.array([host["classes"][c] for c in host.get("codes", ())], np.str_)
+    seen = tuple((str(c), int(n)) for c, n in host["class_seen"])
+    return Memory(rows, labels, int(host["seen"]), seen, tuple(host["full"])), list(host["starts"])
+
+
+def by_stage(host: dict[str, Any]) -> dict[int, np.ndarray]:
+    """{stage: sorted int64 rows of it in memory}, stages in order."""
+    memory, starts = load(host)
+    stage = np.searchsorted(np.array(starts, np.int64), memory.items, side="right") - 1
+    return {int(s): np.sort(memory.items[stage == s] - starts[s]) for s in np.unique(stage)}
