@@ -44,7 +44,7 @@ class Bar(Reporter):
         """A step further when there is a note: training says its loss, evaluation says nothing."""
         if note:
             self.done, self.trained = self.done + 1, self.trained + 1
-        label = f"{self.name}: {self._label} {note}"
+        label = f"{self.name}: {self._label} {note}".rstrip()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=label, completed=self.done, left=self.left())
         elif not self.quiet and time.monotonic() - self._last > self.every:
@@ -55,8 +55,9 @@ class Bar(Reporter):
         """Time that the remaining steps need at the mean pace of this process, compilations included."""
         if not self.trained:
             return "compiling"
-        seconds = (time.monotonic() - self.began) / self.trained * max(self.total - self.done, 0)
-        return f"about {seconds // 60:.0f}:{seconds % 60:02.0f} left"
+        pace = (time.monotonic() - self.began) / self.trained
+        minutes, seconds = divmod(round(pace * max(self.total - self.done, 0)), 60)
+        return f"about {minutes}:{seconds:02} left"
 
     def stop(self) -> None:
         """The loop closes its bar after every stretch; ours stays until `close`."""
