@@ -14,6 +14,7 @@ from jaxcl.core.experiment import Experiment
 from jaxcl.data.encode import Example
 from jaxcl.data.pipeline import batches
 from jaxcl.data.stage import Stage
+from jaxcl.errors import unknown
 from jaxcl.evaluate.base import Eval
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
@@ -73,6 +74,9 @@ def build(cfg: Config) -> Experiment:
     stages = [Stage(f"s{i}", Slow(f"s{i}", cfg.rows, seed=i), evals=("nll",)) for i in range(2)]
     tx = mofo(3e-3, fraction=0.2) if cfg.optimizer == "mofo" else optax.adam(3e-3)
     evals = [Eval("nll", "nll", 8, evaluate, higher_is_better=False, range=(0.0, float("inf")))]
+    for name in cfg.methods:
+        if name not in METHODS:
+            raise unknown("method", name, METHODS, where="resume_experiment")
     return experiment(
         [METHODS[m]() for m in cfg.methods], stages=stages, tx=tx, evals=evals, batch_size=4, save_every=3,
         reset_opt=cfg.reset_opt, seed=cfg.seed,

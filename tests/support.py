@@ -25,6 +25,7 @@ from jaxcl.models.spec import DecoderSpec, tiny
 from jaxcl.models.stacking import restack
 
 SPEC = tiny(vocab=32, layers=2, width=16, heads=2, kv_heads=1, mlp=32, context=64)
+MODEL = decoder(SPEC)
 STACK = ((("block",), 2),)  # both layers under one key
 WINDOW, TARGETS = 12, 3
 
