@@ -30,6 +30,8 @@ _HOME = {
     "jaxcl.methods.si": "si",
     "jaxcl.models.decoder": "decoder",
     "jaxcl.models.from_flax": "from_flax",
+    "jaxcl.transforms.infinite": "infinite",
+    "jaxcl.transforms.rewarm": "rewarm",
     "jaxcl.transforms.mofo": "mofo scale_by_mofo",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}

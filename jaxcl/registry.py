@@ -27,6 +27,14 @@ _STATIC = (  # name, kind, group, card, paper
     ("lora", "method", "adapters", "cft/lora", _LORA),
     ("inclora", "method", "adapters", "cft/lora", _LORA + "; a fresh adapter per stage"),
     ("olora", "method", "adapters", "cft/o-lora", "Wang et al. 2023, arXiv 2310.14152"),
+    ("rewarm", "transform", "optimizer", "cpt/rewarm-gupta", "Gupta et al. 2023, arXiv 2308.04014"),
+    (
+        "infinite",
+        "transform",
+        "optimizer",
+        "cpt/ibrahim-rewarm-redecay-replay",
+        "Ibrahim et al. 2024, arXiv 2403.08763",
+    ),
     ("mofo", "transform", "optimizer", "cft/mofo", "Chen et al. 2024, arXiv 2407.20999"),
 )
 METHODS: dict[str, Row] = {
