@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -78,8 +79,28 @@ def cost(runs: dict[str, Path]) -> str:
     return "\n".join(rows)
 
 
+def reference(folder: Path) -> str:
+    """The released runs of O-LoRA on T5-large: final accuracy per task, in the same order, as shares of 1."""
+    runs = json.loads((folder / "olora_benchmark" / "reference_results.json").read_text())["runs"]
+    tasks = ("dbpedia", "amazon", "yahoo", "agnews")
+    rows = [head("T5-large, after agnews", *tasks, "`aa`", "`bwt_over_T_minus_1`")]
+    for name, run in runs.items():
+        if not name.startswith("order1_"):
+            continue
+        steps = {s["trained_on"]: s["exact_match_per_task"] for s in run["steps"]}
+        last = [steps["agnews"][t] / 100 for t in tasks]
+        learned = [steps[t].get(t) for t in tasks]
+        change = [v - d / 100 for v, d in zip(last[:-1], learned[:-1], strict=True) if d is not None]
+        bwt = f"{sum(change) / len(change):+.3f}" if len(change) == len(tasks) - 1 else "one step without scores"
+        aa = f"{sum(last) / len(last):.3f}"
+        rows.append(line(name.removeprefix("order1_"), *(f"{v:.3f}" for v in last), aa, bwt))
+    return "\n".join(rows)
+
+
 if __name__ == "__main__":
     found = {Path(p).name: Path(p) for p in sys.argv[1:]}
     print(metrics(found), paired(found), cost(found), sep="\n\n")
+    if os.environ.get("JAXCL_DATA"):
+        print("\n" + reference(Path(os.environ["JAXCL_DATA"])))
     for name, path in found.items():
         print(f"\n{name}\n\n{matrix(read_matrix(path))}")
