@@ -34,6 +34,8 @@ def agem(capacity: int = 256, policy: str = "reservoir", seed: int = 0, name: st
 
     def grad(grad_fn: GradFn, own: Own, clock: Clock) -> GradFn:
         def projected(train: Params, batch: dict[str, Any], key: jax.Array, *, terms: bool = True) -> tuple:
+            if name not in batch:  # another method's reference rows: the objective alone
+                return grad_fn(train, batch, key, terms=terms)
             main, reference = split_reference(batch, name)
             grads, aux = grad_fn(train, main, key, terms=terms)
             return project(grads, reference_gradient(grad_fn, train, reference, key)), aux

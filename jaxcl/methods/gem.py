@@ -51,6 +51,8 @@ def gem(
 
     def grad(grad_fn: GradFn, own: Own, clock: Clock) -> GradFn:
         def projected(train: Params, batch: dict[str, Any], key: jax.Array, *, terms: bool = True) -> tuple:
+            if slots[0] not in batch:  # another method's reference rows: the objective alone
+                return grad_fn(train, batch, key, terms=terms)
             references = []
             for slot in slots:
                 batch, reference = split_reference(batch, slot)
