@@ -20,7 +20,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m "not slow and not parity"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not parity"
 
 slow: $(VENV)/.installed
 	$(BIN)/pytest -m slow

@@ -14,6 +14,7 @@ from support import experiment
 from jaxcl.core.progress import Reporter
 from jaxcl.core.run import train
 from jaxcl.core.types import Method, Phase, Stream
+from jaxcl.methods.lora import lora
 
 
 def phases(*resets: bool) -> list[Phase]:
@@ -92,3 +93,12 @@ def test_events_hold_what_the_log_holds(tmp_path):
     for line in (tmp_path / "run/log.jsonl").read_text().splitlines():
         record = json.loads(line)
         assert seen["train/loss", record["step"]] == np.float32(record["loss"])
+
+
+def test_moments_start_anew_with_a_merged_adapter(tmp_path):
+    """LoRA merged at the end of a stage, the optimizer kept: momentum of the old adapter must not move the new one."""
+    tx = optax.trace(decay=0.9)
+    merged = lora(rank=2, alpha=4.0, dropout=0.0, merged=True)
+    loop = train(experiment([merged], n=1, tx=optax.chain(tx, optax.scale(-0.1)), reset_opt=False), tmp_path / "run")
+    assert loop is not None and loop.opt, "the optimizer's state is carried on"
+    assert not any(np.any(v) for v in loop.opt.values())

@@ -75,7 +75,9 @@ class Loop:
             here = at if at is not None and at.phase == j and at.kind != "done" else None
             self._phase(i, j, phases[j], here, carry)
             j += 1
+        before = len(self.now.world.edits)
         self.now.end()
+        self.opt = restarted(self.opt, self.now.world.edits[before:])
         self.measure.row(i, self.now, Clock.at(self.step, i, j, 0, 1))
         self._save(journal.entry_name(i))
         self.store.wait()
