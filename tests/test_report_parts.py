@@ -85,3 +85,14 @@ def test_comparison_table_for_the_terminal(runs):
     final = json.loads((runs[0] / "matrix.json").read_text())["rows"][-1]
     line = next(x for x in text.splitlines() if "sequential" in x)
     assert line.split()[1] == f"{sum(final) / 3:.3f}" and len(line.split()) == 5
+
+
+def test_the_table_says_when_scores_are_negated_losses(runs, tmp_path):
+    assert comparison(runs).caption is None
+    lossy = tmp_path / "lossy"
+    lossy.mkdir()
+    matrix = json.loads((runs[0] / "matrix.json").read_text())
+    matrix["evals"] = [e | {"higher_is_better": False} for e in matrix["evals"]]
+    (lossy / "matrix.json").write_text(json.dumps(matrix))
+    (lossy / "config.json").write_text((runs[0] / "config.json").read_text())
+    assert "negated" in comparison([lossy]).caption

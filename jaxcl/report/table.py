@@ -21,7 +21,10 @@ def comparison(runs: Sequence[Path]) -> Table:
     table.add_column("run", no_wrap=True)
     for name in COLUMNS:
         table.add_column(name, justify="right")
-    for run in read_runs(runs, intervals=False):
+    found = read_runs(runs, intervals=False)
+    if any(run.score.get("sign", "").startswith("losses") for run in found):
+        table.caption = "scores are losses, negated: higher is better"
+    for run in found:
         title = Text(run.name)
         if run.state:
             title.append(f" ({run.state})", style="yellow")
