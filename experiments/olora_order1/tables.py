@@ -67,7 +67,7 @@ def matrix(m: Matrix) -> str:
 
 def cost(runs: dict[str, Path]) -> str:
     """Wall time split in training and evaluation, steps, and what is kept beside the base."""
-    names = ("run", "steps", "training s", "evaluation s", "extra parameters", "past rows", "compilations of the step")
+    names = ("run", "steps", "training s", "evaluation s", "extra parameters", "past rows open to it", "compilations of the step")
     rows = [head(*names)]
     for name, path in runs.items():
         account = json.loads((path / "metrics.json").read_text())["accounting"]
