@@ -152,6 +152,7 @@ def test_quiet_sets_the_log_level_before_jax_is_imported():
     done = python(
         "import os\n"
         "from jaxcl.cli.quiet import quiet\n"
+        "os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)  # jax sets it for its children\n"
         "os.environ['GRPC_VERBOSITY'] = 'INFO'\n"
         "with quiet():\n"
         "    import sys; assert 'jax' not in sys.modules\n"
