@@ -209,3 +209,10 @@ def test_buckets_and_groups():
     assert [bucket(n, 200) for n in (0, 32, 33, 65, 129, 200)] == [32, 32, 64, 128, 200, 200]
     batches = list(grouped([64, 32, 64, 64, 32], 2))
     assert batches == [(32, [1, 4]), (64, [0, 2]), (64, [3])]
+
+
+def test_chance_is_a_guess_among_each_rows_labels():
+    tests = rows(4)
+    tests[0]["labels"] = [*tests[0]["labels"], "one more"]
+    guesses = [1 / len(row["labels"]) for row in tests]
+    assert label_ranking("t", tests, Bytes(), window=128).chance == pytest.approx(sum(guesses) / 4)

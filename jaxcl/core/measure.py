@@ -128,7 +128,7 @@ class Measurements:
         ]
         stages = [{"name": s.name, "evals": list(s.evals)} for s in self.exp.stages]
         row0 = self.row0 if self.row0 is not None else [None] * len(evals)
-        chance = [getattr(e, "chance", None) for e in self.exp.evals]
+        chance = [e.chance for e in self.exp.evals]
         random = {"random": chance} if any(c is not None for c in chance) else {}
         return {"schema": 1, "stages": stages, "evals": evals, "row0": row0, "rows": self.rows, **random}
 

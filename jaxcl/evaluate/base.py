@@ -26,7 +26,7 @@ class Eval:
     """run(view, progress) -> one `Item` per test row, in their order; the eval's score is their mean.
 
     n: number of test rows. range: the lowest and highest score (math.inf: no bound). role: 'task', 'general'
-    or 'probe'.
+    or 'probe'. chance: the score of a guess, where there is one; it becomes the matrix file's ``random``.
     """
 
     id: str
@@ -36,6 +36,7 @@ class Eval:
     higher_is_better: bool = True
     range: tuple[float, float] = (0.0, 1.0)
     role: str = "task"
+    chance: float | None = None
 
 
 def score(items: Sequence[Item]) -> float:

@@ -55,7 +55,8 @@ def label_ranking(
                 f"labels; {nearest(row['target'], row['labels'])}"
             )
     ranking = _Ranking(rows, tokenizer, template or Template(), window, batch_size, normalise)
-    return Eval(eval_id, "accuracy", len(rows), ranking, role=role)
+    chance = sum(1 / len(row["labels"]) for row in rows) / len(rows)
+    return Eval(eval_id, "accuracy", len(rows), ranking, role=role, chance=chance)
 
 
 def label_nll(apply: Any, head: Any, spec: Any, params: Params, prompt: Batch, block: Batch) -> jax.Array:
