@@ -185,11 +185,10 @@ class Store:
         parts = self.read(entry)["parts"]
         if wanted & set(parts.get("arrays", ())):
             meta = ocp.metadata(path, checkpointable_name="arrays").metadata
-            abstract = {
-                k: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place(names[k], m.shape)) if k in wanted else ...
-                for k, m in meta.items()
-            }
-            abstract = {k: ocp.PLACEHOLDER if v is ... else v for k, v in abstract.items()}
+            abstract: dict[str, Any] = dict.fromkeys(meta, ocp.PLACEHOLDER)
+            for k in wanted & set(meta):
+                sharding = place(names[k], meta[k].shape)
+                abstract[k] = jax.ShapeDtypeStruct(meta[k].shape, meta[k].dtype, sharding=sharding)
             found |= ocp.load(path, abstract, checkpointable_name="arrays")
         if wanted & set(parts.get("host", ())):
             found |= {k: np.asarray(v) for k, v in ocp.load(path, checkpointable_name="host").items()}
