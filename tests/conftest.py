@@ -29,6 +29,10 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
     """Compile fast rather than well, for modules that compile many tiny steps."""
+    # jit does not ask how a program was compiled: without this, one compiled well before the module would be used in
+    # it, and its last bits are not those of a child process that compiles fast from the start.
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()

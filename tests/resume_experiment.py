@@ -16,13 +16,17 @@ from jaxcl.data.pipeline import batches
 from jaxcl.data.stage import Stage
 from jaxcl.errors import unknown
 from jaxcl.evaluate.base import Eval
+from jaxcl.methods.agem import agem
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
+from jaxcl.methods.gem import gem
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
 from jaxcl.methods.lora import lora
+from jaxcl.methods.lwf import lwf
 from jaxcl.methods.olora import olora
 from jaxcl.methods.replay import replay
+from jaxcl.methods.si import si
 from jaxcl.transforms.mofo import mofo
 
 ADAPTER = {"rank": 2, "alpha": 4.0, "dropout": 0.2}
@@ -33,6 +37,11 @@ METHODS = {
     "balanced": lambda: replay(ratio=0.5, capacity=10, policy="class_balanced"),
     "ewc": lambda: ewc(strength=20.0, rows=8, fisher="sampled"),
     "separate": lambda: ewc(strength=20.0, rows=8, mode="separate", max_stages=2),
+    "si": lambda: si(strength=1.0),
+    "lwf": lwf,
+    "asked": lambda: lwf(teacher="topk", rows="new", k=4),
+    "agem": lambda: agem(capacity=10),
+    "gem": lambda: gem(capacity=10, max_stages=2),
     "lora": lambda: lora(**ADAPTER),
     "merged": lambda: lora(merged=True, **ADAPTER),
     "inclora": lambda: inclora(max_stages=2, **ADAPTER),

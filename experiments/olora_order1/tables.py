@@ -67,8 +67,8 @@ def matrix(m: Matrix) -> str:
 
 def cost(runs: dict[str, Path]) -> str:
     """Wall time split in training and evaluation, steps, and what is kept beside the base."""
-    spent = ("steps", "training s", "evaluation s", "compilations of the step")
-    rows = [head("run", *spent[:3], "extra parameters", "past rows open to it", spent[3])]
+    columns = ("steps", "training s", "evaluation s", "extra parameters", "past rows open to it")
+    rows = [head("run", *columns, "compilations of the step")]
     for name, path in runs.items():
         account = json.loads((path / "metrics.json").read_text())["accounting"]
         spent = [sum(s[k] for s in account["seconds"]) for k in ("train", "eval")]
