@@ -22,7 +22,8 @@ class Experiment:
     rows; steps: or a fixed number of steps. accumulate: micro-batches a step. mesh: {axis: size}, rules:
     {logical axis: mesh axis}. save_every: steps between checkpoints (0: only between phases). keep: past stages
     whose checkpoints stay. reset_opt: whether each stage starts with a fresh optimizer. pack: rows that may
-    share a sequence. eval_every_stage False measures only row 0 and the last row.
+    share a sequence. row0: whether the model is measured before training. phases: a stage's phases before the
+    methods plan (default: one, ``train``, on the stage's own rows).
     """
 
     model: Model

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,9 +109,7 @@ class RunDir:
         self._log.truncate(size)
         self._log.seek(size)
         self.log_bytes = size
-        from tensorboardX import SummaryWriter
-
-        self._events = SummaryWriter(str(self.path / "events"), purge_step=step if size else None)
+        self._events = Events(self.path / "events", step if size else None)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one object; it reaches the disk with the next `flush`."""
@@ -119,19 +119,24 @@ class RunDir:
             self._log.write(line)
             for name, value in record.items():
                 if isinstance(value, float):
-                    self._events.add_scalar(f"train/{name}", value, record["step"])
+                    self._events.add(f"train/{name}", value, record["step"])
 
     def flush(self) -> None:
-        """To the disk, before a checkpoint claims these bytes."""
+        """To the disk, before a checkpoint claims these bytes. Raises RunFailed when it is full."""
         if self._log is not None:
-            self._log.flush()
-            os.fsync(self._log.fileno())
+            try:
+                self._log.flush()
+                os.fsync(self._log.fileno())
+                self._events.flush()
+            except OSError as e:
+                raise RunFailed(f"cannot write {self.path / 'log.jsonl'}: {e.strerror}") from e
 
     def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._events.close()
-            self._log = self._events = None
+        for file in (self._log, self._events):
+            if file is not None:
+                with contextlib.suppress(OSError):  # a full disk was named before; what was saved stands
+                    file.close()
+        self._log = self._events = None
 
     # measurements
 
@@ -140,7 +145,7 @@ class RunDir:
         if self._events is not None:
             for name, value in values.items():
                 if value is not None:
-                    self._events.add_scalar(f"eval/{name}", value, row)
+                    self._events.add(f"eval/{name}", value, row)
 
     def write_predictions(self, eval_id: str, row: int, items: Sequence[Mapping[str, Any]]) -> None:
         """predictions/<eval>.row<k>.jsonl.gz, row 0 being the model before any training."""
@@ -152,6 +157,37 @@ class RunDir:
             for item in items:
                 f.write(json.dumps(item, ensure_ascii=False).encode() + b"\n")
         temporary.replace(file)
+
+
+class Events:
+    """Scalars for TensorBoard, written here and now: tensorboardX's own writer has a thread that outlives errors."""
+
+    def __init__(self, folder: Path, purge: int | None):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        self._event = Event
+        self._file = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}"))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if purge is not None:
+            start = SessionLog(status=SessionLog.SessionStatus.START)
+            self._write(Event(wall_time=time.time(), step=purge, session_log=start))
+
+    def _write(self, event: Any) -> None:
+        self._file.write(event.SerializeToString())
+
+    def add(self, tag: str, value: float, step: int) -> None:
+        """One point of one curve."""
+        event = self._event(wall_time=time.time(), step=step)
+        event.summary.value.add(tag=tag, simple_value=value)
+        self._write(event)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def mean_score(items: Sequence[Mapping[str, Any]]) -> float | None:
