@@ -57,8 +57,14 @@ class Outputs(NamedTuple):
     cache: Any = None
 
 
+Inject = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+"""(input [B,T,in], output [B,T,out]) of a dense site -> (what to use as its output, notes)."""
+
+
 class Apply(Protocol):
-    """A model's forward pass, pure: the same arguments give the same outputs."""
+    """A model's forward pass, pure: the same arguments give the same outputs. inject: {dense site: function that
+    replaces its output}; its notes come back as ``Outputs.aux[site]``, so that a router's decision can go into
+    the cache."""
 
     def __call__(
         self,
@@ -70,6 +76,7 @@ class Apply(Protocol):
         taps: tuple[str, ...] = (),
         train: bool = False,
         key: jax.Array | None = None,
+        inject: Mapping[str, Inject] | None = None,
     ) -> Outputs: ...
 
 

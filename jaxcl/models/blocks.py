@@ -18,7 +18,7 @@ from .flow import Flow
 from .spec import DecoderSpec
 
 View = Mapping[str, jax.Array]
-DENSE_KEYS = ("kernel", "lora_a", "lora_b", "lora_scale", "bank_a", "bank_b", "bank_scale")
+DENSE_KEYS = ("kernel", "lora_a", "lora_b", "lora_scale", "bank_a", "bank_b", "bank_scale", "in_scale", "out_scale")
 
 
 def below(entries: View, prefix: str) -> dict[str, jax.Array]:
@@ -32,7 +32,7 @@ class Dense(nnx.Module):
 
     kernel [in, out]; lora_a [r, in], lora_b [out, r], lora_scale []: y += scale (drop(x) a^T) b^T (Hu et al.
     2021, eq. 3); bank_a [S, r, in], bank_b [S, out, r], bank_scale []: the same, summed over slots with the
-    weights ``flow.bank`` [B, S].
+    weights ``flow.bank`` [B, S]; in_scale [in], out_scale [out]: x and y times these, unit by unit (IA3, masks of HAT).
     """
 
     kernel: nnx.Param
@@ -42,6 +42,8 @@ class Dense(nnx.Module):
     bank_a: nnx.Param
     bank_b: nnx.Param
     bank_scale: nnx.Param
+    in_scale: nnx.Param
+    out_scale: nnx.Param
 
     def __init__(self, view: View, site: str):
         self.site = site
@@ -50,8 +52,16 @@ class Dense(nnx.Module):
                 setattr(self, name, nnx.Param(view[name]))
 
     def __call__(self, x: jax.Array, flow: Flow) -> jax.Array:
+        if hasattr(self, "in_scale"):
+            x = x * self.in_scale[...].astype(x.dtype)
         flow.see(f"{self.site}:in", x)
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = self.adapted(x, x @ self.kernel[...].astype(x.dtype), flow)
+        if hasattr(self, "out_scale"):
+            y = y * self.out_scale[...].astype(y.dtype)
+        return flow.through(self.site, x, y)
+
+    def adapted(self, x: jax.Array, y: jax.Array, flow: Flow) -> jax.Array:
+        """y plus what the adapters at this site make of x."""
         if not (hasattr(self, "lora_a") or hasattr(self, "bank_a")):
             return y
         x = flow.drop(self.site, x)

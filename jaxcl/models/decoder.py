@@ -7,12 +7,13 @@ The stack of segments is a plain function: layers with keys of their own in a Py
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ..core.types import Batch, Model, Outputs, Params
+from ..core.types import Batch, Inject, Model, Outputs, Params
 from ..errors import RequestError
 from .blocks import Block, Embedding, RMSNorm, below, rotary
 from .cache import Cache, Written, closed, route
@@ -21,7 +22,7 @@ from .layout import axes, layout
 from .nll import batch_nll
 from .spec import DecoderSpec, Run
 from .stacking import restack
-from .taps import joined, local_taps, select
+from .taps import joined, local_injections, local_taps, select
 
 
 def decoder(spec: DecoderSpec) -> Model:
@@ -52,6 +53,7 @@ def apply(
     taps: tuple[str, ...] = (),
     train: bool = False,
     key: jax.Array | None = None,
+    inject: Mapping[str, Inject] | None = None,
 ) -> Outputs:
     """The forward pass. batch: tokens, segments (0 = padding), positions i32[B,T]; optional targets_at
     i32[B,K], bank_weight f32[B,S].
@@ -59,8 +61,9 @@ def apply(
     nll, f32 in nats: with targets_at [B,K], of token ``tokens[b, targets_at[b,k]]`` given the tokens before
     it (0 where targets_at <= 0); without [B,T], 0 where a token starts its segment or is padding. With a
     cache and without targets_at nll is None. taps: ``'layers/7/attn/q:in'`` the input of a dense site,
-    ``'layers/7:out'`` the residual stream after a layer. train with ``key``: adapter dropout. Raises
-    RequestError on a tap that does not exist, on a sequence longer than ``spec.context``, on dropout
+    ``'layers/7:out'`` the residual stream after a layer. inject: see `jaxcl.core.types.Apply`; sites are dense ones
+    of layers with keys of their own, ``'layers/7/mlp/down'``. train with ``key``: adapter dropout. Raises
+    RequestError on a tap or site that does not exist, on a sequence longer than ``spec.context``, on dropout
     without a key.
     """
     tokens, segments = batch["tokens"], batch["segments"]
@@ -78,16 +81,21 @@ def apply(
     )
     x = Embedding(below(params, "embed"))(tokens, spec.dtype)
     seen: dict[str, jax.Array] = {}
+    notes: dict[str, Any] = {}
     written: Cache = {}
+    placed = local_injections(spec, inject or {})
     for run in spec.runs:
-        x, kept, new = run_segment(spec, params, run, x, flow, cache or {}, local_taps(spec, run, taps))
+        wanted = local_taps(spec, run, taps)
+        x, kept, left, new = run_segment(spec, params, run, x, flow, cache or {}, wanted, placed)
         seen |= kept
+        notes |= left
         written |= new
     hidden = RMSNorm(below(params, "final_norm"), spec.norm_eps)(x)
     nll = None
     if cache is None or "targets_at" in batch:
         nll = batch_nll(lambda rows: logits(spec, params, rows), hidden, batch, spec.nll_chunk)
-    return Outputs(nll=nll, hidden=hidden, taps=select(spec, seen, taps), cache=closed(cache, flow, written))
+    kept = select(spec, seen, taps)
+    return Outputs(nll=nll, hidden=hidden, taps=kept, aux=notes, cache=closed(cache, flow, written))
 
 
 def visible(segments: jax.Array) -> jax.Array:
@@ -105,35 +113,39 @@ def run_segment(
     flow: Flow,
     cache: Cache,
     wanted: dict[str, frozenset[str]],
-) -> tuple[jax.Array, dict[str, jax.Array], Cache]:
-    """One segment of layers: (x [B,T,D], taps by path, cache entries), each with a leading R when stacked."""
+    injected: dict[str, dict[str, Inject]],
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any], Cache]:
+    """One segment of layers: (x [B,T,D], taps by path, notes of injections by site, cache entries), each with a
+    leading R when stacked."""
     views = {prefix: below(params, prefix) for prefix in run.prefixes}
     old = {p: Written(cache[f"{p}/k"], cache[f"{p}/v"]) if f"{p}/k" in cache else None for p in run.prefixes}
 
     def once(x: jax.Array, each: tuple) -> tuple[jax.Array, tuple]:
         views, old, layers = each
         seen: dict[str, jax.Array] = {}
+        notes: dict[str, Any] = {}
         new: Cache = {}
         for prefix in run.prefixes:
 
             def block(x: jax.Array, view: Any, old: Any, layer: Any, prefix: str = prefix) -> tuple:
-                here = flow.at(layer, wanted[prefix])
+                here = flow.at(layer, wanted[prefix], injected.get(prefix, {}))
                 y, written = Block(view, spec)(x, here, old)
-                return y, here.seen, written
+                return y, here.seen, here.notes, written
 
             step = jax.checkpoint(block) if spec.remat == "block" else block
-            x, taps, written = step(x, views[prefix], old[prefix], layers[prefix])
+            x, taps, left, written = step(x, views[prefix], old[prefix], layers[prefix])
             seen |= {joined(prefix, name): value for name, value in taps.items()}
+            notes |= {f"{prefix}/{site}": value for site, value in left.items()}
             if written is not None:
                 new |= {f"{prefix}/k": written.k, f"{prefix}/v": written.v}
-        return x, (seen, new)
+        return x, (seen, notes, new)
 
     if run.repeats == 1:
-        x, (seen, new) = once(x, (views, old, {p: r.start for p, r in zip(run.prefixes, run.layers)}))
+        x, (seen, notes, new) = once(x, (views, old, {p: r.start for p, r in zip(run.prefixes, run.layers)}))
     else:
         layers = {p: jnp.arange(r.start, r.stop, r.step) for p, r in zip(run.prefixes, run.layers)}
-        x, (seen, new) = jax.lax.scan(once, x, (views, old, layers))
-    return x, seen, new
+        x, (seen, notes, new) = jax.lax.scan(once, x, (views, old, layers))
+    return x, seen, notes, new
 
 
 def head(spec: DecoderSpec, params: Params, hidden: jax.Array, at: jax.Array) -> jax.Array:

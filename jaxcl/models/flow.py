@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from ..core.types import Inject
 
 
 @dataclasses.dataclass
@@ -17,7 +20,8 @@ class Flow:
     past: bool [B,T,S], who sees which cache slot, or None. slots: i32[B,T], where new keys go (``size`` is
     nowhere), or None without a cache. mode: what happens to the cache, see `jaxcl.models.cache`. bank:
     f32[B,S] weights of adapter slots, or None for ones. rate, key: adapter dropout; key None is off.
-    wanted, seen: taps of this layer by their local name.
+    wanted, seen: taps of this layer by their local name. injected, notes: functions that replace a dense site's
+    output, by local site, and the arrays that they left.
     """
 
     rope: tuple[jax.Array, jax.Array]
@@ -31,11 +35,20 @@ class Flow:
     key: jax.Array | None = None
     wanted: frozenset[str] = frozenset()
     seen: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    injected: Mapping[str, Inject] = dataclasses.field(default_factory=dict)
+    notes: dict[str, dict[str, jax.Array]] = dataclasses.field(default_factory=dict)
 
-    def at(self, layer: Any, wanted: frozenset[str]) -> Flow:
-        """The same for one layer (a number, or a traced one inside a scan): own random numbers, own taps."""
+    def at(self, layer: Any, wanted: frozenset[str], injected: Mapping[str, Inject]) -> Flow:
+        """The same for one layer (a number, or a traced one inside a scan): own random numbers, taps, injections."""
         key = None if self.key is None else jax.random.fold_in(self.key, layer)
-        return dataclasses.replace(self, key=key, wanted=wanted, seen={})
+        return dataclasses.replace(self, key=key, wanted=wanted, seen={}, injected=injected, notes={})
+
+    def through(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The output ``y`` of a dense site with input ``x``, or what was injected in its place."""
+        if site not in self.injected:
+            return y
+        y, self.notes[site] = self.injected[site](x, y)
+        return y
 
     def see(self, name: str, value: jax.Array) -> None:
         """Keeps ``value`` if a tap of this name was asked for."""

@@ -62,6 +62,8 @@ def _axes(table: Mapping[str, Leaf], path: str, ndim: int) -> Axes:
         tensor = (None, kernel.axes[0])
     elif kernel is not None and name in ("lora_b", "bank_b"):
         tensor = (kernel.axes[1], None)
+    elif kernel is not None and name in ("in_scale", "out_scale"):
+        tensor = (kernel.axes[name == "out_scale"],)
     else:
         tensor = ()
     return (None,) * (ndim - len(tensor)) + tensor

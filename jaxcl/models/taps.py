@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 
-from ..errors import unknown
+from ..core.types import Inject
+from ..errors import RequestError, unknown
 from .layout import layout
 from .spec import DecoderSpec, Run
 
@@ -26,6 +29,22 @@ def local_taps(spec: DecoderSpec, run: Run, taps: tuple[str, ...]) -> dict[str, 
     for prefix, layers in zip(run.prefixes, run.layers):
         wanted[prefix] = frozenset(_local(name) for name in taps if _layer(name) in layers)
     return wanted
+
+
+def local_injections(spec: DecoderSpec, inject: Mapping[str, Inject]) -> dict[str, dict[str, Inject]]:
+    """{prefix: {local site: function}}; RequestError on a site that does not exist or stands in a stack, whose layers
+    are one program and cannot be told apart."""
+    known = {name.removesuffix(":in") for name in tap_names(spec) if name.endswith(":in")} if inject else set()
+    single = {prefix for run in spec.runs if run.repeats == 1 for prefix in run.prefixes}
+    placed: dict[str, dict[str, Inject]] = {}
+    for site, function in inject.items():
+        if site not in known:
+            raise unknown("site", site, known, where="inject")
+        prefix = "/".join(site.split("/")[:2])
+        if prefix not in single:
+            raise RequestError(f"inject: {site!r} is in a stack of layers; restack so that {prefix!r} stands alone")
+        placed.setdefault(prefix, {})[site.removeprefix(prefix + "/")] = function
+    return placed
 
 
 def select(spec: DecoderSpec, seen: dict[str, jax.Array], taps: tuple[str, ...]) -> dict[str, jax.Array]:
