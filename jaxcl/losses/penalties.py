@@ -1,22 +1,25 @@
-"""Penalties on parameters, as plain functions of flat (or any) dicts of arrays. All sums are in float32."""
+"""Penalties on parameters, as plain functions of arrays and pytrees. All sums are in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import tree_leaves_with_path
 
 
-def quadratic(params: Mapping, anchor: Mapping, weight: Mapping) -> jax.Array:
-    """1/2 sum_i weight_i (params_i - anchor_i)^2 over the keys of ``weight`` (Kirkpatrick et al. 2017, eq. 3).
+def quadratic(params: Any, anchor: Any, weight: Any) -> jax.Array:
+    """1/2 sum_i weight_i (params_i - anchor_i)^2 over the leaves of ``weight`` (Kirkpatrick et al. 2017, eq. 3).
 
-    Entries with an extra leading axis (several anchors) are summed over it. Returns f32[].
+    Any pytrees; leaves belong together by their path, and those that ``weight`` or ``params`` lacks do not count.
+    Leaves with an extra leading axis (several anchors) are summed over it. Returns f32[].
     """
+    theta, centre = dict(tree_leaves_with_path(params)), dict(tree_leaves_with_path(anchor))
     total = jnp.zeros((), jnp.float32)
-    for key, w in weight.items():
-        if key in params:
-            difference = params[key].astype(jnp.float32) - anchor[key].astype(jnp.float32)
+    for path, w in tree_leaves_with_path(weight):
+        if path in theta:
+            difference = theta[path].astype(jnp.float32) - centre[path].astype(jnp.float32)
             total += jnp.sum(w.astype(jnp.float32) * jnp.square(difference))
     return 0.5 * total
 
