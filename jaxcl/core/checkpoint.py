@@ -161,13 +161,18 @@ class Store:
                 return f"it builds on {other}: {why}"
         return ""
 
-    def load(self, entry: str, place: Callable[[str, tuple[int, ...]], Any], source: Arrays) -> dict[str, Any]:
-        """All arrays of an entry, references followed. ``place(key, shape)`` gives a device array's sharding."""
+    def load(
+        self, entry: str, place: Callable[[str, tuple[int, ...]], Any], source: Arrays, prefix: str = ""
+    ) -> dict[str, Any]:
+        """All arrays of an entry (whose keys start with ``prefix``), references followed. ``place(key, shape)`` gives
+        a device array's sharding."""
         self.wait()
         content = self.read(entry)
-        by_entry: dict[str, dict[str, str]] = {entry: {k: k for ks in content["parts"].values() for k in ks}}
+        own = (k for ks in content["parts"].values() for k in ks)
+        by_entry: dict[str, dict[str, str]] = {entry: {k: k for k in own if k.startswith(prefix)}}
         for key, (other, theirs) in content["refs"].items():
-            by_entry.setdefault(other, {})[key] = theirs
+            if key.startswith(prefix):
+                by_entry.setdefault(other, {})[key] = theirs
         out: dict[str, Any] = {}
         for other, keys in by_entry.items():
             found = source if other == "source" else self._load_own(other, set(keys.values()), keys, place)
