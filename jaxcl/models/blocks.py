@@ -6,7 +6,8 @@ is used. Shapes: B rows, T tokens, S cache slots, D width, H heads, G queries pe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,10 +16,14 @@ from flax import nnx
 
 from .cache import Written, write
 from .flow import Flow
+from .rope import rotate
 from .spec import DecoderSpec
 
 View = Mapping[str, jax.Array]
-DENSE_KEYS = ("kernel", "lora_a", "lora_b", "lora_scale", "bank_a", "bank_b", "bank_scale", "in_scale", "out_scale")
+Norm = Callable[[jax.Array], jax.Array]
+ACTIVATIONS: dict[str, Norm] = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+ADAPTERS = ("lora_a", "lora_b", "lora_scale", "bank_a", "bank_b", "bank_scale", "in_scale", "out_scale")
+DENSE_KEYS = ("kernel", "bias", *ADAPTERS)
 
 
 def below(entries: View, prefix: str) -> dict[str, jax.Array]:
@@ -28,14 +33,16 @@ def below(entries: View, prefix: str) -> dict[str, jax.Array]:
 
 
 class Dense(nnx.Module):
-    """y = x W, plus a live adapter and a bank of frozen ones where their keys exist.
+    """y = x W, plus a bias, a live adapter and a bank of frozen ones where their keys exist.
 
-    kernel [in, out]; lora_a [r, in], lora_b [out, r], lora_scale []: y += scale (drop(x) a^T) b^T (Hu et al.
-    2021, eq. 3); bank_a [S, r, in], bank_b [S, out, r], bank_scale []: the same, summed over slots with the
-    weights ``flow.bank`` [B, S]; in_scale [in], out_scale [out]: x and y times these, unit by unit (IA3, masks of HAT).
+    kernel [in, out]; bias [out]; lora_a [r, in], lora_b [out, r], lora_scale []: y += scale (drop(x) a^T) b^T
+    (Hu et al. 2021, eq. 3); bank_a [S, r, in], bank_b [S, out, r], bank_scale []: the same, summed over slots with
+    the weights ``flow.bank`` [B, S]; in_scale [in], out_scale [out]: x and y times these, unit by unit (IA3, masks of
+    HAT).
     """
 
     kernel: nnx.Param
+    bias: nnx.Param
     lora_a: nnx.Param
     lora_b: nnx.Param
     lora_scale: nnx.Param
@@ -55,7 +62,10 @@ class Dense(nnx.Module):
         if hasattr(self, "in_scale"):
             x = x * self.in_scale[...].astype(x.dtype)
         flow.see(f"{self.site}:in", x)
-        y = self.adapted(x, x @ self.kernel[...].astype(x.dtype), flow)
+        y = x @ self.kernel[...].astype(x.dtype)
+        if hasattr(self, "bias"):
+            y = y + self.bias[...].astype(y.dtype)
+        y = self.adapted(x, y, flow)
         if hasattr(self, "out_scale"):
             y = y * self.out_scale[...].astype(y.dtype)
         return flow.through(self.site, x, y)
@@ -87,7 +97,8 @@ def bank(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, weight: jax
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32 whatever x is (Zhang and Sennrich 2019)."""
+    """x / rms(x) * scale over the last axis, in float32 whatever x is (Zhang and Sennrich 2019). Gemma's own files hold
+    scale - 1; ours hold the scale of every architecture."""
 
     def __init__(self, view: View, eps: float):
         self.scale = nnx.Param(view["scale"])
@@ -99,14 +110,25 @@ class RMSNorm(nnx.Module):
         return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+def norm(view: View, name: str, spec: DecoderSpec, built: bool) -> Norm:
+    """The norm ``name`` of a view, or what changes nothing where the architecture has none there."""
+    return RMSNorm(below(view, name), spec.norm_eps) if built else unchanged
+
+
+def unchanged(x: jax.Array) -> jax.Array:
+    return x
+
+
 class Embedding(nnx.Module):
-    """tokens i32[...] -> kernel rows [..., D]; a token outside the vocabulary gives NaN, not another's row."""
+    """tokens i32[...] -> kernel rows [..., D] times ``scale``, which is rounded to the rows' type as transformers does
+    it; a token outside the vocabulary gives NaN, not another's row."""
 
     def __init__(self, view: View):
         self.kernel = nnx.Param(view["kernel"])
 
-    def __call__(self, tokens: jax.Array, dtype: str) -> jax.Array:
-        return jnp.take(self.kernel[...], tokens, axis=0).astype(dtype)
+    def __call__(self, tokens: jax.Array, dtype: str, scale: float = 1.0) -> jax.Array:
+        rows = jnp.take(self.kernel[...], tokens, axis=0).astype(dtype)
+        return rows if scale == 1.0 else rows * jnp.asarray(scale, dtype)
 
 
 class Attention(nnx.Module):
@@ -115,16 +137,22 @@ class Attention(nnx.Module):
     def __init__(self, view: View, spec: DecoderSpec):
         self.spec = spec
         self.q, self.k, self.v, self.o = (Dense(below(view, n), f"attn/{n}") for n in "qkvo")
+        self.q_norm, self.k_norm = (norm(view, f"{n}_norm", spec, spec.qk_norm != "none") for n in "qk")
 
     def __call__(self, x: jax.Array, flow: Flow, cached: Written | None) -> tuple[jax.Array, Written | None]:
-        heads = (*x.shape[:-1], -1, self.spec.head_dim)
-        q = rotate(self.q(x, flow).reshape(heads), flow.rope)
-        new = Written(rotate(self.k(x, flow).reshape(heads), flow.rope), self.v(x, flow).reshape(heads))
+        q = rotate(self.heads(self.q(x, flow), self.q_norm), flow.rope)
+        k = rotate(self.heads(self.k(x, flow), self.k_norm), flow.rope)
+        new = Written(k, self.heads(self.v(x, flow)))
         parts = [Part(*new, flow.block)]
         if cached is not None and flow.past is not None:
             parts.append(Part(*cached, flow.past))
-        y = attend(q, parts).reshape(*x.shape[:-1], -1)
+        y = attend(q, parts, self.spec.attn_scale).reshape(*x.shape[:-1], -1)
         return self.o(y, flow), write(flow, cached, new)
+
+    def heads(self, y: jax.Array, normed: Norm = unchanged) -> jax.Array:
+        """[B,T,H*Dh] -> [B,T,H,Dh], normed over the whole width before the cut or over each head after it."""
+        shape = (*y.shape[:-1], -1, self.spec.head_dim)
+        return normed(y.reshape(shape)) if self.spec.qk_norm == "head" else normed(y).reshape(shape)
 
 
 class Part(NamedTuple):
@@ -135,14 +163,14 @@ class Part(NamedTuple):
     mask: jax.Array
 
 
-def attend(q: jax.Array, parts: list[Part]) -> jax.Array:
+def attend(q: jax.Array, parts: list[Part], scale: float | None = None) -> jax.Array:
     """Softmax attention of q [B,T,H,Dh] over the keys of all parts at once -> [B,T,H,Dh].
 
-    The softmax is float32 and runs over the parts together: a cache is never copied to stand beside the
-    block.
+    Scores are times ``scale``, Dh ** -0.5 where it is None. The softmax is float32 and runs over the parts together: a
+    cache is never copied to stand beside the block.
     """
     b, t, h, dh = q.shape
-    q = q.reshape(b, t, parts[0].k.shape[2], -1, dh) * dh**-0.5
+    q = q.reshape(b, t, parts[0].k.shape[2], -1, dh) * (dh**-0.5 if scale is None else scale)
     scores = [
         jnp.where(
             part.mask[:, None, None],
@@ -161,42 +189,30 @@ def attend(q: jax.Array, parts: list[Part]) -> jax.Array:
     return out.reshape(b, t, h, dh)
 
 
-def rotary(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B,T,1,head_dim/2] of the rotary angles (Su et al. 2021), float32."""
-    rates = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * rates
-    return jnp.cos(angles), jnp.sin(angles)
+class GatedMLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)): SwiGLU, or GeGLU (Shazeer 2020)."""
 
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the pairs (x[i], x[i + Dh/2]) of [B,T,H,Dh] by their angles (Hugging Face's half-split order)."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
-
-    def __init__(self, view: View):
+    def __init__(self, view: View, spec: DecoderSpec):
+        self.activation = spec.activation
         self.gate, self.up, self.down = (Dense(below(view, n), f"mlp/{n}") for n in ("gate", "up", "down"))
 
     def __call__(self, x: jax.Array, flow: Flow) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x, flow)) * self.up(x, flow), flow)
+        return self.down(ACTIVATIONS[self.activation](self.gate(x, flow)) * self.up(x, flow), flow)
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(x), then x + mlp(x), each with a norm before it, after it, or both, as ``spec.norms`` says."""
 
     def __init__(self, view: View, spec: DecoderSpec):
-        self.attn_norm = RMSNorm(below(view, "attn_norm"), spec.norm_eps)
+        pre, post = spec.norms in ("pre", "both"), spec.norms in ("post", "both")
+        self.attn_norm, self.mlp_norm = (norm(view, f"{n}_norm", spec, pre) for n in ("attn", "mlp"))
+        self.attn_post_norm, self.mlp_post_norm = (norm(view, f"{n}_post_norm", spec, post) for n in ("attn", "mlp"))
         self.attn = Attention(below(view, "attn"), spec)
-        self.mlp_norm = RMSNorm(below(view, "mlp_norm"), spec.norm_eps)
-        self.mlp = SwiGLU(below(view, "mlp"))
+        self.mlp = GatedMLP(below(view, "mlp"), spec)
 
     def __call__(self, x: jax.Array, flow: Flow, cached: Written | None) -> tuple[jax.Array, Written | None]:
         y, written = self.attn(self.attn_norm(x), flow, cached)
-        x = x + y
-        x = x + self.mlp(self.mlp_norm(x), flow)
+        x = x + self.attn_post_norm(y)
+        x = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x), flow))
         flow.see("out", x)
         return x, written

@@ -1,4 +1,4 @@
-"""A Llama-type decoder over the flat dict: `decoder(spec)` gives the Model record.
+"""A decoder of Llama's type over the flat dict: `decoder(spec)` gives the Model record.
 
 The stack of segments is a plain function: layers with keys of their own in a Python loop, stacked ones in
 `jax.lax.scan`. Shapes: B rows, T tokens, K targets, D width, V vocabulary, R repeats of a stacked segment.
@@ -15,11 +15,12 @@ import jax.numpy as jnp
 
 from ..core.types import Batch, Inject, Model, Outputs, Params
 from ..errors import RequestError
-from .blocks import Block, Embedding, RMSNorm, below, rotary
+from .blocks import Block, Embedding, RMSNorm, below
 from .cache import Cache, Written, closed, route
 from .flow import Flow
 from .layout import axes, layout
 from .nll import batch_nll
+from .rope import rope
 from .spec import DecoderSpec, Run
 from .stacking import restack
 from .taps import joined, local_injections, local_taps, select
@@ -66,27 +67,20 @@ def apply(
     RequestError on a tap or site that does not exist, on a sequence longer than ``spec.context``, on dropout
     without a key.
     """
-    tokens, segments = batch["tokens"], batch["segments"]
+    tokens = batch["tokens"]
     if tokens.shape[1] > spec.context:
         raise RequestError(f"a sequence has {tokens.shape[1]} tokens; accepted: up to {spec.context} (context)")
     if train and spec.adapter_dropout and key is None:
         raise RequestError(f"adapter_dropout is {spec.adapter_dropout} without a key; accepted: train and key")
-    flow = Flow(
-        rope=rotary(batch["positions"], spec.head_dim, spec.rope_theta),
-        block=visible(segments),
-        bank=batch.get("bank_weight"),
-        rate=spec.adapter_dropout,
-        key=key if train else None,
-        **route(cache, batch),
-    )
-    x = Embedding(below(params, "embed"))(tokens, spec.dtype)
+    flows = flows_of(spec, batch, cache, key if train else None)
+    x = Embedding(below(params, "embed"))(tokens, spec.dtype, spec.embed_scale)
     seen: dict[str, jax.Array] = {}
     notes: dict[str, Any] = {}
     written: Cache = {}
     placed = local_injections(spec, inject or {})
     for run in spec.runs:
         wanted = local_taps(spec, run, taps)
-        x, kept, left, new = run_segment(spec, params, run, x, flow, cache or {}, wanted, placed)
+        x, kept, left, new = run_segment(spec, params, run, x, flows, cache or {}, wanted, placed)
         seen |= kept
         notes |= left
         written |= new
@@ -95,7 +89,23 @@ def apply(
     if cache is None or "targets_at" in batch:
         nll = batch_nll(lambda rows: logits(spec, params, rows), hidden, batch, spec.nll_chunk)
     kept = select(spec, seen, taps)
-    return Outputs(nll=nll, hidden=hidden, taps=kept, aux=notes, cache=closed(cache, flow, written))
+    return Outputs(nll=nll, hidden=hidden, taps=kept, aux=notes, cache=closed(cache, flows["block"], written))
+
+
+def flows_of(spec: DecoderSpec, batch: Batch, cache: Cache | None, key: jax.Array | None) -> dict[str, Flow]:
+    """{kind of layer: its Flow}."""
+    positions = batch["positions"]
+    whole = Flow(
+        rope=rope(spec, "block", positions),
+        block=visible(batch["segments"]),
+        bank=batch.get("bank_weight"),
+        rate=spec.adapter_dropout,
+        key=key,
+        **route(cache, batch),
+    )
+    if spec.window is None:
+        return {"block": whole}
+    return {"block": whole, "local": whole.local(rope(spec, "local", positions), positions, spec.window)}
 
 
 def visible(segments: jax.Array) -> jax.Array:
@@ -110,7 +120,7 @@ def run_segment(
     params: Params,
     run: Run,
     x: jax.Array,
-    flow: Flow,
+    flows: dict[str, Flow],
     cache: Cache,
     wanted: dict[str, frozenset[str]],
     injected: dict[str, dict[str, Inject]],
@@ -125,10 +135,10 @@ def run_segment(
         seen: dict[str, jax.Array] = {}
         notes: dict[str, Any] = {}
         new: Cache = {}
-        for prefix in run.prefixes:
+        for kind, prefix in zip(run.kinds, run.prefixes):
 
-            def block(x: jax.Array, view: Any, old: Any, layer: Any, prefix: str = prefix) -> tuple:
-                here = flow.at(layer, wanted[prefix], injected.get(prefix, {}))
+            def block(x: jax.Array, view: Any, old: Any, layer: Any, kind: str = kind, prefix: str = prefix) -> tuple:
+                here = flows[kind].at(layer, wanted[prefix], injected.get(prefix, {}))
                 y, written = Block(view, spec)(x, here, old)
                 return y, here.seen, here.notes, written
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core.types import Inject
+from .rope import Rope
 
 
 @dataclasses.dataclass
@@ -24,7 +25,7 @@ class Flow:
     output, by local site, and the arrays that they left.
     """
 
-    rope: tuple[jax.Array, jax.Array]
+    rope: Rope
     block: jax.Array
     past: jax.Array | None = None
     slots: jax.Array | None = None
@@ -37,6 +38,16 @@ class Flow:
     seen: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     injected: Mapping[str, Inject] = dataclasses.field(default_factory=dict)
     notes: dict[str, dict[str, jax.Array]] = dataclasses.field(default_factory=dict)
+
+    def local(self, rope: Rope, positions: jax.Array, window: int) -> Flow:
+        """The same for layers that see the last ``window`` tokens only, the token itself included.
+
+        positions i32[B,T] of the block's tokens; a cache slot's position is its number.
+        """
+        block, past = self.block & near(positions, positions, window), self.past
+        if past is not None:
+            past = past & near(positions, jnp.arange(past.shape[-1])[None], window)
+        return dataclasses.replace(self, rope=rope, block=block, past=past)
 
     def at(self, layer: Any, wanted: frozenset[str], injected: Mapping[str, Inject]) -> Flow:
         """The same for one layer (a number, or a traced one inside a scan): own random numbers, taps, injections."""
@@ -62,3 +73,8 @@ class Flow:
         key = jax.random.fold_in(self.key, zlib.crc32(site.encode()))
         keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def near(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:
+    """bool [B,T,S]: whether the key at position [B,S] is fewer than ``window`` tokens before the query at [B,T]."""
+    return queries[:, :, None] - keys[:, None, :] < window

@@ -11,7 +11,7 @@ Axes = tuple[str | None, ...]
 
 
 class Leaf(NamedTuple):
-    """shape of the tensor; a logical axis name (or None) per dimension; std of its init, None for ones."""
+    """shape of the tensor; a logical axis name (or None) per dimension; std of its init, None for ones, 0 for zeros."""
 
     shape: tuple[int, ...]
     axes: Axes
@@ -20,24 +20,41 @@ class Leaf(NamedTuple):
 
 def layout(spec: DecoderSpec) -> dict[str, Leaf]:
     """{path: Leaf} with every layer on its own, whatever ``spec.segments`` says."""
-    d, std = spec.width, spec.init_std
-    out = std / (2 * spec.layers) ** 0.5  # what adds to the residual stream (GPT-2, section 2.3)
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    d, std, layer = spec.width, spec.init_std, _layer(spec)
     table = {"embed/kernel": Leaf((spec.vocab, d), ("vocab", "embed"), std)}
     for i in range(spec.layers):
-        at = f"layers/{i}"
-        table[f"{at}/attn_norm/scale"] = Leaf((d,), ("embed",), None)
-        table[f"{at}/attn/q/kernel"] = Leaf((d, q), ("embed", "heads"), std)
-        table[f"{at}/attn/k/kernel"] = Leaf((d, kv), ("embed", "kv"), std)
-        table[f"{at}/attn/v/kernel"] = Leaf((d, kv), ("embed", "kv"), std)
-        table[f"{at}/attn/o/kernel"] = Leaf((q, d), ("heads", "embed"), out)
-        table[f"{at}/mlp_norm/scale"] = Leaf((d,), ("embed",), None)
-        table[f"{at}/mlp/gate/kernel"] = Leaf((d, spec.mlp), ("embed", "mlp"), std)
-        table[f"{at}/mlp/up/kernel"] = Leaf((d, spec.mlp), ("embed", "mlp"), std)
-        table[f"{at}/mlp/down/kernel"] = Leaf((spec.mlp, d), ("mlp", "embed"), out)
+        table |= {f"layers/{i}/{path}": leaf for path, leaf in layer.items()}
     table["final_norm/scale"] = Leaf((d,), ("embed",), None)
     if not spec.tied:
         table["head/kernel"] = Leaf((d, spec.vocab), ("embed", "vocab"), std)
+    return table
+
+
+def _layer(spec: DecoderSpec) -> dict[str, Leaf]:
+    """{path below ``layers/{i}``: Leaf}, the same for all layers."""
+    d, std = spec.width, spec.init_std
+    out = std / (2 * spec.layers) ** 0.5  # what adds to the residual stream (GPT-2, section 2.3)
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    table = {
+        "attn/q/kernel": Leaf((d, q), ("embed", "heads"), std),
+        "attn/k/kernel": Leaf((d, kv), ("embed", "kv"), std),
+        "attn/v/kernel": Leaf((d, kv), ("embed", "kv"), std),
+        "attn/o/kernel": Leaf((q, d), ("heads", "embed"), out),
+        "mlp/gate/kernel": Leaf((d, spec.mlp), ("embed", "mlp"), std),
+        "mlp/up/kernel": Leaf((d, spec.mlp), ("embed", "mlp"), std),
+        "mlp/down/kernel": Leaf((spec.mlp, d), ("mlp", "embed"), out),
+    }
+    for site in spec.biases:
+        kernel = table[f"{site}/kernel"]
+        table[f"{site}/bias"] = Leaf(kernel.shape[1:], kernel.axes[1:], 0.0)
+    for place, built in (("norm", "pre"), ("post_norm", "post")):
+        if spec.norms in (built, "both"):
+            table |= {f"{part}_{place}/scale": Leaf((d,), ("embed",), None) for part in ("attn", "mlp")}
+    if spec.qk_norm == "head":
+        table |= {f"attn/{name}_norm/scale": Leaf((spec.head_dim,), (None,), None) for name in "qk"}
+    if spec.qk_norm == "width":
+        table["attn/q_norm/scale"] = Leaf((q,), ("heads",), None)
+        table["attn/k_norm/scale"] = Leaf((kv,), ("kv",), None)
     return table
 
 

@@ -17,25 +17,33 @@ TOP = {
     "head/kernel": ("output.weight", "lm_head.weight"),
 }
 LAYER = {
-    "attn_norm/scale": ("attn_norm", "input_layernorm"),
-    "attn/q/kernel": ("attn_q", "self_attn.q_proj"),
-    "attn/k/kernel": ("attn_k", "self_attn.k_proj"),
-    "attn/v/kernel": ("attn_v", "self_attn.v_proj"),
-    "attn/o/kernel": ("attn_output", "self_attn.o_proj"),
-    "mlp_norm/scale": ("ffn_norm", "post_attention_layernorm"),
-    "mlp/gate/kernel": ("ffn_gate", "mlp.gate_proj"),
-    "mlp/up/kernel": ("ffn_up", "mlp.up_proj"),
-    "mlp/down/kernel": ("ffn_down", "mlp.down_proj"),
+    "attn_norm": ("attn_norm", "input_layernorm"),
+    "attn_post_norm": ("post_attention_norm", "post_attention_layernorm"),
+    "attn/q": ("attn_q", "self_attn.q_proj"),
+    "attn/k": ("attn_k", "self_attn.k_proj"),
+    "attn/v": ("attn_v", "self_attn.v_proj"),
+    "attn/o": ("attn_output", "self_attn.o_proj"),
+    "attn/q_norm": ("attn_q_norm", "self_attn.q_norm"),
+    "attn/k_norm": ("attn_k_norm", "self_attn.k_norm"),
+    "mlp_norm": ("ffn_norm", "pre_feedforward_layernorm"),
+    "mlp_post_norm": ("post_ffw_norm", "post_feedforward_layernorm"),
+    "mlp/gate": ("ffn_gate", "mlp.gate_proj"),
+    "mlp/up": ("ffn_up", "mlp.up_proj"),
+    "mlp/down": ("ffn_down", "mlp.down_proj"),
 }
 
 
-def foreign_name(path: str, style: Format) -> str:
+def foreign_name(spec: DecoderSpec, path: str, style: Format) -> str:
     """``layers/7/attn/q/kernel`` -> ``blk.7.attn_q.weight`` or ``model.layers.7.self_attn.q_proj.weight``."""
     column = ("gguf", "hf").index(style)
     if path in TOP:
         return TOP[path][column]
     _, layer, rest = path.split("/", 2)
-    return f"{('blk', 'model.layers')[column]}.{layer}.{LAYER[rest][column]}.weight"
+    site, _, leaf = rest.rpartition("/")
+    theirs = LAYER[site][column]
+    if style == "hf" and site == "mlp_norm" and spec.norms == "pre":
+        theirs = "post_attention_layernorm"  # Llama named the MLP's norm after what stands before it
+    return f"{('blk', 'model.layers')[column]}.{layer}.{theirs}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
 def is_flipped(path: str) -> bool:
@@ -49,7 +57,7 @@ def match(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], style: Forma
     Raises RequestError naming the first tensor that is missing, the first that is unexpected, and the first
     whose shape is another than the spec's.
     """
-    table = {path: foreign_name(path, style) for path in layout(spec)}
+    table = {path: foreign_name(spec, path, style) for path in layout(spec)}
     missing = [path for path, name in table.items() if name not in shapes]
     known = set(table.values())
     unexpected = [name for name in shapes if name not in known]
