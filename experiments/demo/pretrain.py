@@ -18,7 +18,7 @@ from jaxcl.core.config import as_json
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.progress import Reporter
 from jaxcl.core.run import train
-from jaxcl.core.types import Params, Phase, Stream, World
+from jaxcl.core.types import Own, Params, Phase, Stream, World
 from jaxcl.data.encode import Example, encode_text
 from jaxcl.data.stage import Rows, Stage
 from jaxcl.errors import RequestError
@@ -80,12 +80,12 @@ def _experiment(cfg: Any, texts: Sequence[Sequence[str]], file: Path) -> Experim
     mix = [piece for documents in texts for piece in excerpts(documents, cfg.window - 1, PIECES)]
     stage = Stage("base", rows("base", mix, cfg.window))
 
-    def save(world: World) -> World:
+    def save(world: World, own: Own) -> tuple[World, Own]:
         """Before the run is finished, so that a finished run has its file."""
         temporary = file.with_suffix(".tmp")
         save_file({k: np.asarray(v) for k, v in world.params.items()}, temporary)
         os.replace(temporary, file)
-        return world
+        return world, own
 
     whole = Stream(0, np.arange(len(mix), dtype=np.int64))
     return Experiment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 
 from jaxcl.core import compose, journal
 from jaxcl.core.experiment import Experiment
+from jaxcl.core.paths import merge
 from jaxcl.core.sharding import Placement, make_mesh
+from jaxcl.core.step import step_key
 from jaxcl.core.tools import Toolbox
-from jaxcl.core.types import Method, Own, Params, Phase, Stream, World
+from jaxcl.core.types import Method, Own, Params, Phase, State, Stream, World
 from jaxcl.errors import KeyTaken, RequestError
 from jaxcl.surgery.edit import carry
 
@@ -84,6 +87,28 @@ class Between:
         one = Phase("train", exp.steps, (Stream(i, rows),), epochs=exp.epochs, reset_opt=exp.reset_opt)
         return compose.fold_plans(self.methods, self.given(0, 2), self.owns, list(exp.phases) or [one])
 
+    def collect(self, phase: Phase, frozen: Params, state: State, batch: Any) -> tuple[State, Any]:
+        """A batch made into a rollout by the method that does so, and the state with what it learnt by it."""
+        m = next(m for m in compose.active(self.methods, phase) if m.collect is not None)
+        assert m.collect is not None
+        owns = {k: {**own, "live": state.live.get(k, {})} for k, own in self.owns.items()}
+        key = jax.random.fold_in(step_key(self.exp.seed, state.clock), 2)
+        world = self.world._replace(params=merge(frozen, state.train), key=key)
+        world = world._replace(tools=self.toolbox.tools(world, owns, self.check))
+        rollout, own = m.collect(world, owns[m.name], batch, key)
+        live = self.placement.put(own["live"], copy=True)
+        return dataclasses.replace(state, live={**state.live, **({m.name: live} if live else {})}), self.batch(rollout)
+
+    def after(self, phase: Phase) -> None:
+        """Host code behind a phase's last step, with the memory of the method that planned it."""
+        if phase.after is None:
+            return
+        n = next((n for n, m in enumerate(self.methods) if m.name == phase.by), len(self.methods))
+        self.world, own = phase.after(self.given(n, 4), self.owns.get(phase.by, whole(None)))
+        if phase.by:
+            self.owns[phase.by] = whole(own)
+        self._settle()
+
     def end(self) -> None:
         """`end` of all in reverse list order."""
         for n, m in reversed(list(enumerate(self.methods))):
@@ -130,6 +155,8 @@ class Between:
 
     def place(self, key: str, shape: tuple[int, ...]) -> Any:
         """Sharding of a journal's array: by the last part of its key that is a parameter path."""
+        if key.startswith("rollout/"):
+            return self.placement.rows if shape else self.placement.replicated
         path = next((n for n in reversed(journal.parts(key)) if n in self.placement.axes), None)
         return self.placement.param(path, shape) if path else self.placement.replicated
 

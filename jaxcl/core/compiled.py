@@ -42,11 +42,8 @@ class StepCache:
             self._inits[key] = jax.jit(tx.init, out_shardings=placement.tree(like))
         return State(state.clock, state.train, self._inits[key](state.train), state.live)
 
-    def get(self, state: State, fixed: Fixed, phase: Phase, spec: Any, placement: Placement, data: Any) -> Callable:
+    def get(self, state: State, fixed: Fixed, phase: Phase, spec: Any, placement: Placement, batch: Any) -> Callable:
         """``step(state, fixed, batch, seed)``, compiled before the first batch is trained on. State is donated."""
-        position = data.get_state()
-        batch = placement.batch(next(data))  # for its shapes only: the iterator goes back at once
-        data.set_state(position)
         exp = self.exp
         key = (spec, phase.objective, phase.active, id(phase.tx or exp.tx), _shapes((state, fixed, batch)))
         if key not in self._compiled:

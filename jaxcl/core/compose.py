@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def active(methods: Sequence[Method], phase: Phase) -> list[Method]:
 def vote(methods: Sequence[Method], world: World, owns: Mapping[str, Own], owner: Owner) -> frozenset[str]:
     """The trained keys: own keys as their method says, base keys unless somebody freezes them.
 
-    Raises RequestError naming the methods when nothing is left to train.
+    Raises RequestError naming the methods when nothing is left to train and nobody learns by `observe`.
     """
     frozen: set[str] = set()
     voters = []
@@ -45,7 +46,7 @@ def vote(methods: Sequence[Method], world: World, owns: Mapping[str, Own], owner
             voters.append(m.name)
         frozen |= no
     trained = frozenset(world.params) - frozen
-    if not trained:
+    if not trained and not any(m.observe for m in methods):
         raise RequestError(f"nothing is left to train: {', '.join(voters)} together freeze every parameter")
     return trained
 
@@ -83,9 +84,20 @@ def fold_plans(methods: Sequence[Method], world: World, owns: Mapping[str, Own],
                 setter[p.name] = m.name
             added += [s for s in p.streams if old is None or not any(s is t for t in old.streams)]
         check_keeps(m, added, world.stage)
+        phases = [dataclasses.replace(p, by=m.name) if p.after and p.name not in before else p for p in phases]
+    for p in phases:
+        check_collect(methods, p)
     if not phases:
         raise RequestError(f"no phase is left to train in stage {world.stage}; the plans removed them all")
     return phases
+
+
+def check_collect(methods: Sequence[Method], phase: Phase) -> None:
+    """RequestError unless exactly one method makes the rollouts of a phase that has them."""
+    names = [m.name for m in active(methods, phase) if m.collect is not None]
+    if phase.collect_every and len(names) != 1:
+        who = f"methods {names[0]!r} and {names[1]!r} both" if names else "no method"
+        raise RequestError(f"{who} collect the rollouts of phase {phase.name!r}; a phase has one that does")
 
 
 def check_keeps(m: Method, streams: Sequence[Stream], stage: int) -> None:

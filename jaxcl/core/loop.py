@@ -19,6 +19,7 @@ from jaxcl.core.between import Between, row_ids
 from jaxcl.core.checkpoint import Store
 from jaxcl.core.compiled import StepCache
 from jaxcl.core.experiment import Experiment
+from jaxcl.core.feed import Feed, lengths
 from jaxcl.core.measure import Measurements
 from jaxcl.core.paths import merge, split
 from jaxcl.core.progress import Reporter
@@ -88,22 +89,27 @@ class Loop:
         begun = journal.entry_name(i, j, phase.name, "begun")
         if at is None:
             self._save(begun)
-        steps = phase_steps(phase, now.sources, exp.batch_size, seed=(exp.seed, i, j), pack=exp.pack)
+        counted = phase_steps(phase, now.sources, exp.batch_size, seed=(exp.seed, i, j), pack=exp.pack)
+        steps, batches = lengths(phase, counted)
         train, frozen = split(now.world.params, compose.narrow(now.world.trained, phase))
         fixed = Fixed(frozen, now.device("fixed"))
         state = State(Clock.at(self.step, i, j, 0, steps), train, self.opt, now.device("live"))
         state = self.compiled.with_optimizer(now.placement.put(state, copy=True), phase, now.placement)
         now.world, self.opt, train = now.world._replace(params=frozen), {}, {}  # the state owns them now
         data = pipeline(
-            now.sources, phase.streams, stage=i, phase=j, batch_size=exp.batch_size, steps=steps, seed=exp.seed,
+            now.sources, phase.streams, stage=i, phase=j, batch_size=exp.batch_size, steps=batches, seed=exp.seed,
             epochs=phase.epochs, pack=exp.pack, process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
+        make = lambda state, batch: now.collect(phase, frozen, state, batch)  # noqa: E731
+        feed = Feed(data, phase.collect_every, make, now.batch)
         if at is not None and at.kind == "step":
             entry = journal.entry_name(i, j, phase.name, "step", at.step)
             arrays = self.store.load(entry, now.place, {})
-            state, data = journal.unflatten_like(state, arrays, "state"), self.store.load_data(entry, data)
+            state, feed.data = journal.unflatten_like(state, arrays, "state"), self.store.load_data(entry, data)
+            feed.rollout, feed.made_at = journal.nest(arrays, "rollout"), self.store.read(entry)["meta"]["rollout"]
         done = first = int(state.clock.phase_step)
-        step = self.compiled.get(state, fixed, phase, now.world.spec, now.placement, data)
+        state, batch = feed.first(done, state)
+        step = self.compiled.get(state, fixed, phase, now.world.spec, now.placement, batch)
         self.reporter.start(f"{exp.stages[i].name} {phase.name}", steps, done)
         started, pending = time.monotonic(), None
         while done < steps:
@@ -113,16 +119,17 @@ class Loop:
                 pending = None
                 started = self.measure.lap(i, "train", started)
                 entry = journal.entry_name(i, j, phase.name, "step", self.step + done)
-                meta = {"begun": begun, "reached": self.step + done, **self._meta()}
-                self.store.save(entry, journal.flatten(state, "state"), meta, data)
+                meta = {"begun": begun, "reached": self.step + done, "rollout": feed.made_at, **self._meta()}
+                arrays = journal.flatten(state, "state") | journal.flatten(feed.rollout, "rollout")
+                self.store.save(entry, arrays, meta, feed.data)
                 if self.stop.requested:
                     self.store.wait()
                     self.stop.check()
                 journal.prune(self.store, i, exp.keep)
-            batch = next(data)
-            state, metrics = step(state, fixed, now.batch(batch), np.uint32(exp.seed))
+            state, batch = feed.take(done, state)
+            state, metrics = step(state, fixed, batch, np.uint32(exp.seed))
             self._log(pending, i, phase)  # of the step before, while this one runs
-            pending = (done, metrics, batch)
+            pending = (done, metrics, feed.read)
             done += 1
         self._log(pending, i, phase)
         self.reporter.stop()
@@ -133,8 +140,7 @@ class Loop:
         for name, live in state.live.items():
             now.owns[name]["live"] = live
         self.opt = journal.flatten(state.opt, "opt") if carry else {}
-        if phase.after is not None:
-            now.world = phase.after(now.world)
+        now.after(phase)
         self._save(journal.entry_name(i, j, phase.name, "done"))
 
     def _log(self, pending: tuple | None, i: int, phase: Phase) -> None:

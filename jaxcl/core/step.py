@@ -39,7 +39,7 @@ def make_step(
     ``tx`` may read ``clock=`` as an optax extra argument; ``head`` gives methods logits (``ctx.head``). ``accumulate``
     splits the rows of a batch (their number must be divisible by it) into as many micro-batches; a micro-batch's
     whole loss counts by its share of the target weight. metrics: f32 scalars ``loss``, ``objective``, every
-    ``method/term``, ``grad_norm``, ``weight``.
+    ``method/term``, ``grad_norm``, ``weight``, and the means of what the batch has under ``log``.
     """
     methods = compose.active(methods, phase)
     taps = tuple(sorted({t for m in methods for t in m.taps}))
@@ -97,6 +97,7 @@ def make_step(
             **aux["terms"],
             "grad_norm": optax.tree.norm(grads),
             "weight": aux["weight"],
+            **{k: jnp.mean(v) for k, v in batch.get("log", {}).items()},
         }
         clock = clock._replace(step=clock.step + 1, phase_step=clock.phase_step + 1)
         return State(clock, optax.apply_updates(state.train, updates), opt, live), metrics

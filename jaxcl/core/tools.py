@@ -14,6 +14,7 @@ from jaxcl.core.paths import merge, split
 from jaxcl.core.types import Batch, Clock, Method, Model, Outputs, Params, Tools, World
 from jaxcl.data.pipeline import batches as rows_once
 from jaxcl.errors import RequestError
+from jaxcl.models.generate import generate
 
 
 class Forward:
@@ -24,6 +25,11 @@ class Forward:
 
     def __call__(self, train: Params, batch: Batch, *, taps: tuple[str, ...] = ()) -> Outputs:
         return self.apply(self.spec, merge(self.frozen, train), batch, taps=taps)
+
+    def generate(self, train: Params, prompts: jax.Array, lengths: jax.Array, **how: Any) -> tuple:
+        """(tokens, lengths) continuing the prompts, through all methods' wraps; see `jaxcl.models.generate`."""
+        params = merge(self.frozen, train)
+        return generate(self.apply, self.model.head, self.spec, params, prompts, lengths, **how)
 
     def logits(self, train: Params, out: Outputs, at: jax.Array) -> jax.Array:
         """f32[B,N,V]: logits of the token after each position ``at`` i32[B,N]."""
@@ -58,10 +64,15 @@ class Toolbox:
             assert world is not None
             return self._each_of(fn, world, owns, n, key, stop)
 
+        def call(fn: Callable, batch: Batch, key: jax.Array) -> Any:
+            assert world is not None
+            return self._ask(fn, world, owns, batch, key, how="whole")
+
         return Tools(
             batches=batches,
             mean=mean,
             each=each,
+            call=call,
             size=lambda stage: len(self.sources[stage]),
             labels=lambda stage: self._labels(world, stage),
         )
@@ -81,7 +92,7 @@ class Toolbox:
     def _mean_over(self, fn: Callable, world: World, owns: dict, batches: Iterator[Batch], key: jax.Array) -> Any:
         total, count = None, 0
         for i, batch in enumerate(batches):
-            values = self._ask(fn, world, owns, batch, jax.random.fold_in(key, i), summed=True)
+            values = self._ask(fn, world, owns, batch, jax.random.fold_in(key, i), how="summed")
             total = values if total is None else jax.tree.map(jnp.add, total, values)
             count += int(np.sum(batch["row"] >= 0))
         if total is None:
@@ -92,31 +103,34 @@ class Toolbox:
         source = self.sources[world.stage]
         n = len(source) if n is None else min(n, len(source))
         like = next(rows_once(source, [0], self.batch_size))
-        shapes = jax.eval_shape(lambda b: self._ask(fn, world, owns, b, key, summed=False), like)
+        shapes = jax.eval_shape(lambda b: self._ask(fn, world, owns, b, key, how="each"), like)
         largest = max(len(s) for s in self.sources)
         out = jax.tree.map(lambda s: np.zeros((largest, *s.shape[1:]), s.dtype), shapes)
         for i, batch in enumerate(rows_once(source, list(range(n)), self.batch_size)):
             stop()
-            values = self._ask(fn, world, owns, batch, jax.random.fold_in(key, i), summed=False)
+            values = self._ask(fn, world, owns, batch, jax.random.fold_in(key, i), how="each")
             real = batch["row"] >= 0
             jax.tree.map(lambda o, v, b=batch, r=real: o.__setitem__(b["row"][r], np.asarray(v)[r]), out, values)
         return out
 
-    def _ask(self, fn: Callable, world: World, owns: dict, batch: Batch, key: jax.Array, summed: bool) -> Any:
-        """``fn`` of every row of a batch: f32 sums over its rows, or stacked."""
+    def _ask(self, fn: Callable, world: World, owns: dict, batch: Batch, key: jax.Array, how: str) -> Any:
+        """``fn`` of a batch: of its rows one by one, ``summed`` in f32 or stacked (``each``), or of the ``whole``."""
         train, frozen = split(world.params, world.trained)
         fixed = {k: v.get("fixed") for k, v in owns.items()}
         live = {k: v.get("live") for k, v in owns.items()}
-        cached = (fn, world.spec, world.trained, summed)
+        cached = (fn, world.spec, world.trained, how)
         if cached not in self._asked:
-            self._asked[cached] = self._compile(fn, world.spec, summed)
+            self._asked[cached] = self._compile(fn, world.spec, how)
         return self._asked[cached](train, frozen, fixed, live, Clock.at(stage=world.stage), self.place(batch), key)
 
-    def _compile(self, fn: Callable, spec: Any, summed: bool) -> Callable:
+    def _compile(self, fn: Callable, spec: Any, how: str) -> Callable:
         model, methods = self.model, self.methods
 
         def ask(train: Params, frozen: Params, fixed: dict, live: dict, clock: Clock, batch: Batch, key: Any) -> Any:
             forward = Forward(model, compose.wrapped(model.apply, methods, fixed, live, clock), spec, frozen)
+
+            if how == "whole":
+                return fn(forward, train, batch, key)
 
             def one(i: jax.Array, row: Batch) -> Any:
                 return fn(forward, train, jax.tree.map(lambda x: x[None], row), jax.random.fold_in(key, i))
@@ -126,7 +140,7 @@ class Toolbox:
                 return jax.tree.map(lambda c, v: c + real * v.astype(jnp.float32), carry, one(*item)), None
 
             items = (jnp.arange(jax.tree.leaves(batch)[0].shape[0]), batch)
-            if not summed:
+            if how == "each":
                 return jax.lax.map(lambda item: one(*item), items)
             shapes = jax.eval_shape(lambda: one(*jax.tree.map(lambda x: x[0], items)))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)

@@ -21,7 +21,8 @@ Params = dict[str, jax.Array]
 Batch = dict[str, Any]
 """Fields: tokens, segments (0 = padding), positions i32[B,T]; targets_at i32[B,K] (static K) or absent;
 weight f32[B,K] or [B,T]; source i32[B] (which stream); row i32[B] (index into the stage); further
-streams nested, e.g. ``batch['ref']``. One structure and shape per phase."""
+streams nested, e.g. ``batch['ref']``; log {name: f32[B]}, what a `collect` wants in the log, as means. One structure
+and shape per phase."""
 
 Own = dict[str, Any]
 """A method's memory: ``{'fixed': device, constant in a phase; 'live': device, donated; 'host': numpy and
@@ -153,7 +154,9 @@ def weighted_nll(ctx: Ctx) -> jax.Array:
 class Phase:
     """One stretch of training inside a stage. ``steps`` None: as many as its main streams' rows need for
     ``epochs``. ``train``: path patterns that narrow what is trained. ``tx``: another optimizer than the
-    experiment's. ``active``: methods whose in-step slots run (None: all)."""
+    experiment's. ``active``: methods whose in-step slots run (None: all). ``collect_every``: above 0, a batch of
+    the streams is made into a rollout by a method's `collect`, which serves this many steps. ``after``: host code
+    behind the last step, with the memory of the method that planned it (``by``, filled in by the core)."""
 
     name: str
     steps: int | None
@@ -164,7 +167,9 @@ class Phase:
     tx: Any = None
     reset_opt: bool = True
     active: frozenset[str] | None = None
-    after: Callable[[World], World] | None = None
+    collect_every: int = 0
+    after: Callable[[World, Own], tuple[World, Own]] | None = None
+    by: str = ""
 
 
 class Tools(NamedTuple):
@@ -177,12 +182,15 @@ class Tools(NamedTuple):
         ``train``; ``forward.logits(train, out, at)`` gives logits. ``fn`` must be one stable object.
     each(fn, key, n) -> tree of numpy arrays [N, ...]: the same ``fn`` for the first n rows of the stage (all where
         None), in the rows' order; N is the largest stage's size, the rest zeros; n = 0 gives the shape alone.
+    call(fn, batch, key) -> tree: ``fn(forward, train, batch, key)`` once, jitted, on any batch of arrays.
+        ``forward.generate(train, prompts, lengths, ...)`` samples, see `jaxcl.models.generate.generate`.
     size(stage) -> number of training rows. labels(stage) -> a string per row (class or task).
     """
 
     batches: Callable[..., Any]
     mean: Callable[..., Any]
     each: Callable[..., Any]
+    call: Callable[..., Any]
     size: Callable[[int], int]
     labels: Callable[[int], np.ndarray]
 
@@ -227,6 +235,7 @@ class Method:
     mask: Callable[[World, Own], dict[str, bool]] | None = None
     init: Callable[[World], Own] | None = None
     plan: Callable[[World, Own, list[Phase]], list[Phase]] | None = None
+    collect: Callable[[World, Own, Batch, jax.Array], tuple[Batch, Own]] | None = None
     end: Callable[[World, Own], tuple[World, Own]] | None = None
     # inside the jitted step
     wrap: Callable[[Apply, Any, Clock], Apply] | None = None
@@ -239,7 +248,7 @@ class Method:
     @property
     def slots(self) -> tuple[str, ...]:
         """Names of the slots that are filled, in the order of the protocol."""
-        names = "begin mask init plan end wrap weigh loss grad project observe"
+        names = "begin mask init plan collect end wrap weigh loss grad project observe"
         return tuple(n for n in names.split() if getattr(self, n) is not None)
 
 
