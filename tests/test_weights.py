@@ -187,7 +187,7 @@ def test_another_architecture_names_the_first_difference(tmp_path):
     assert "NaN" in refused(read_gguf, write_gguf(tmp_path / "n.gguf", bad))
     for change, says in (
         ({"model_type": "mamba"}, "'mamba'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn'"),
         ({"rope_scaling": [1]}, "JSON object"),
         ({"rope_theta": "far"}, "rope_theta is 'far'"),

@@ -10,68 +10,33 @@ import numpy as np
 
 from ..errors import RequestError
 from .gguf_file import Weights
+from .hf_config import norm_offset, spec_from_hf
 from .names import is_flipped, match
-from .spec import DecoderSpec
-
-SIZES = {
-    "vocab": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp": "intermediate_size",
-    "context": "max_position_embeddings",
-}
-NOT_BUILT = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 
 
 def read_safetensors(path: Path) -> Weights:
-    """Reads a directory with config.json and model.safetensors (or an index of several files), or one
+    """Reads a directory with config.json and model.safetensors (or several shards with their index), or one
     safetensors file with config.json beside it. Parameters keep the file's type.
 
-    Raises RequestError on a damaged file, a config that asks for what is not built, tensors that do not fit it.
+    Raises RequestError on a damaged file, a config that asks for what is not built, tensors that do not fit it, shards
+    that do not hold exactly what their index says.
     """
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json")
-    spec = read_spec(config, folder / "config.json")
+    spec = spec_from_hf(config, folder / "config.json")
     found: dict[str, np.ndarray] = {}
-    for file in _files(path):
-        found |= _tensors(file)
+    for file, promised in weight_files(path).items():
+        values = _tensors(file)
+        if promised is not None:
+            _check_shard(file, set(values), promised)
+        found |= values
     if spec.tied:
         found.pop("lm_head.weight", None)  # some writers store the tied head once more
     table = match(spec, {name: value.shape for name, value in found.items()}, "hf", str(path))
     params = {ours: found[name].T if is_flipped(ours) else found[name] for ours, name in table.items()}
+    if offset := norm_offset(config):
+        params |= {k: v.astype(np.float32) + np.float32(offset) for k, v in params.items() if k.endswith("/scale")}
     return Weights(spec, {k: np.ascontiguousarray(v) for k, v in params.items()}, config, False)
-
-
-def read_spec(config: dict[str, Any], where: Path) -> DecoderSpec:
-    """The spec of a config.json of model type llama, in the form of transformers 4 or 5."""
-    if config.get("model_type") != "llama":
-        raise RequestError(f"{where}: model_type is {config.get('model_type')!r}; accepted: 'llama'")
-    for name, built in NOT_BUILT.items():
-        if config.get(name, built) != built:
-            raise RequestError(f"{where}: {name} is {config[name]!r}; accepted: {built!r}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise RequestError(f"{where}: the rotary parameters are {rope!r}; accepted: a JSON object")
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise RequestError(f"{where}: the rotary scaling is {scaling!r}; accepted: 'default'")
-
-    def number(name: str, kind: type, default: Any = None) -> Any:
-        value = {**config, **rope}.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise RequestError(f"{where}: {name} is {value!r}; accepted: {kind.__name__}")
-        return kind(value)
-
-    sizes = {ours: number(theirs, int) for ours, theirs in SIZES.items()}
-    return DecoderSpec(
-        kv_heads=config.get("num_key_value_heads") or sizes["heads"],
-        head_dim=config.get("head_dim") or sizes["width"] // max(sizes["heads"], 1),
-        rope_theta=number("rope_theta", float, 10000.0),
-        norm_eps=number("rms_norm_eps", float, 1e-6),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        **sizes,
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -89,16 +54,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        return [path / "model.safetensors"]
+def weight_files(path: Path) -> dict[Path, frozenset[str] | None]:
+    """{file: the tensors that the index promises there; None without an index}. One file wins over shards, as in
+    transformers. Raises RequestError on an index that is not one, and on the first shard that is not there."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if path.is_file() or whole.exists() or not index.exists():
+        return {path if path.is_file() else whole: None}
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
         raise RequestError(f"{index}: weight_map does not map tensors to files of this folder")
-    return [path / name for name in sorted(set(names.values()))]
+    shards: dict[str, set[str]] = {}
+    for tensor, name in names.items():
+        shards.setdefault(name, set()).add(tensor)
+    missing = [name for name in sorted(shards) if not (path / name).is_file()]
+    if missing:
+        raise RequestError(f"{path / missing[0]}: no such file; accepted: all {len(shards)} shards of {index.name}")
+    return {path / name: frozenset(shards[name]) for name in sorted(shards)}
+
+
+def _check_shard(file: Path, found: set[str], promised: frozenset[str]) -> None:
+    """RequestError unless a shard holds what the index says, no less and no more (so nothing comes twice)."""
+    if less := sorted(promised - found):
+        raise RequestError(f"{file}: {less[0]!r} is not in it, though the index says so ({len(less)} such)")
+    if more := sorted(found - promised):
+        raise RequestError(f"{file}: holds {more[0]!r}, which the index does not place there ({len(more)} such)")
 
 
 def _tensors(file: Path) -> dict[str, np.ndarray]:
