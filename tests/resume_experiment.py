@@ -9,6 +9,7 @@ import time
 import numpy as np
 import optax
 from support import Answers, experiment
+from user_methods import theirs
 
 from jaxcl.core.experiment import Experiment
 from jaxcl.data.encode import Example
@@ -46,7 +47,7 @@ METHODS = {
     "merged": lambda: lora(merged=True, **ADAPTER),
     "inclora": lambda: inclora(max_stages=2, **ADAPTER),
     "olora": lambda: olora(max_stages=2, **ADAPTER),
-}
+} | theirs("ROWS")
 
 
 @dataclasses.dataclass(frozen=True)
