@@ -29,7 +29,7 @@ _HOME = {
     "jaxcl.methods.replay": "replay",
     "jaxcl.methods.si": "si",
     "jaxcl.models.decoder": "decoder",
-    "jaxcl.models.from_flax": "from_flax",
+    "jaxcl.models.from_flax": "from_flax into_flax",
     "jaxcl.transforms.infinite": "infinite",
     "jaxcl.transforms.rewarm": "rewarm",
     "jaxcl.transforms.mofo": "mofo scale_by_mofo",

@@ -10,7 +10,7 @@ import pytest
 from flax import linen, nnx
 
 from jaxcl.errors import RequestError
-from jaxcl.models.from_flax import FlaxSpec, from_flax
+from jaxcl.models.from_flax import FlaxSpec, from_flax, into_flax
 
 VOCAB, WIDTH = 11, 12
 
@@ -99,6 +99,19 @@ def test_outputs_equal_the_modules_own(make):
         model.head(model.spec, params, out.hidden, at), np.take_along_axis(scores, at[..., None], 1), atol=1e-5
     )
     assert model.axes(model.spec, params).keys() == params.keys()
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_trained_weights_go_back_into_the_module(make):
+    module, tokens = make(), batch_of()["tokens"]
+    model, params = from_flax(module, logits=lambda m, b: m(b["tokens"]))
+    new = {k: v + 0.1 * jax.random.normal(jax.random.key(i), v.shape) for i, (k, v) in enumerate(params.items())}
+    copy = into_flax(module, new | {"layers/0/lora_a": jnp.ones(3)})
+    same = model.apply(model.spec, new, batch_of()).hidden
+    np.testing.assert_allclose(copy(tokens), same, atol=1e-5)
+    assert not np.allclose(module(tokens), copy(tokens), atol=1e-2), "the module itself stays as it was"
+    with pytest.raises(RequestError, match="dict is no Flax module"):
+        into_flax({}, new)
 
 
 def test_paths_are_the_modules_own():

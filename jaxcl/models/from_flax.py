@@ -79,6 +79,11 @@ def from_flax(module: Any, *, logits: Logits, spec: Any = None) -> tuple[Model, 
     return model, params
 
 
+def into_flax(module: Any, params: Params) -> Any:
+    """A copy of a module as `from_flax` takes it, with these numbers; keys that methods added beside are left out."""
+    return _taken(module).rebuild(params)
+
+
 def _taken(module: Any) -> _Taken:
     if isinstance(module, nnx.Module):
         return _nnx(module)
