@@ -30,10 +30,12 @@ def restack(
     Values may be arrays (a stacked one has the repeats in front) or whole pytrees of such. Keys without a
     layer stay as they are. ``now``: the segments the dict has, where they are not ``spec.segments``. Raises
     RequestError where a stack would hold layers of which some have the key and others not (a stack is trained
-    or frozen as a whole), and on a layer the spec does not have.
+    or frozen as a whole), on a layer the spec does not have, and on segments with other kinds of layers.
     """
     source = dataclasses.replace(spec, segments=spec.segments if now is None else now)
     target = dataclasses.replace(spec, segments=segments)
+    if target.kinds != source.kinds:  # relabelled so, local layers would see everything, or the reverse
+        raise RequestError(f"restack: segments {segments!r} change the kinds of layers; accepted: {source.kinds!r}")
     return _stacked(_single(tree, source), target), target
 
 
