@@ -212,7 +212,8 @@ def test_text_blocks_hold_all_tokens_in_order():
     assert tokens.tolist() == [*b"abcdefg", 256, *b"hijk", 256]
     assert [int(source[i]["weight"].sum()) for i in range(len(source))] == [4, 4, 2]
     assert source.label(0) == "book" and source.id(2) == "book-2"
-    assert len(text_source("book", ["abcde"], Bytes(), window=5)) == 1  # a lone end mark predicts nothing
+    last = text_source("book", ["abcde"], Bytes(), window=5)[1]  # a lone end mark is kept; it predicts nothing
+    assert last["tokens"][0] == 256 and last["segments"].sum() == 1 and not last["weight"].any()
 
 
 def test_subsamples_are_seeded_and_keep_the_order():

@@ -33,19 +33,25 @@ def list_(what: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model")
-def fetch(model: str) -> None:
-    """Fetch the weights of MODEL into the cache.
+@click.argument("name")
+def fetch(name: str) -> None:
+    """Fetch the weights of a model, or a data set tfds:NAME or hf:OWNER/NAME, into their caches.
 
-    They are checked against a pinned hash, whether fetched or found.
+    Weights are checked against a pinned hash, whether fetched or found.
 
     \b
     Example:
       jaxcl fetch smollm2-135m-instruct
+      jaxcl fetch tfds:glue/sst2
     """
+    if name.startswith(("tfds:", "hf:")):
+        from jaxcl.data.named import prepare
+
+        click.echo(f"{name}: {prepare(name)}")
+        return
     from jaxcl.models.fetch import fetch as fetch_weights
 
-    click.echo(f"{model}: {fetch_weights(model)}")
+    click.echo(f"{name}: {fetch_weights(name)}")
 
 
 @click.command()

@@ -43,11 +43,18 @@ def encode(
     return example | {"targets_at": targets_at, "weight": weight}
 
 
-def encode_text(ids: Ids, window: int, *, pad: int = 0, row: int = -1) -> Example:
-    """Plain text: every token but the first is a target, ``weight`` f32[T]."""
+def encode_text(ids: Ids, window: int, *, starts: Ids = (), pad: int = 0, row: int = -1) -> Example:
+    """Plain text: every token but the first is a target, ``weight`` f32[T].
+
+    starts: where in ``ids`` further documents begin; each is a segment of its own: its positions restart, it sees
+    nothing of the ones before, and its first token is no target, like that of the row.
+    """
     if not 0 < len(ids) <= window:
         raise RequestError(f"row {row}: a text of {len(ids)} tokens does not fit into a window of {window}")
     example = _row(ids, window, pad, row)
+    for start in starts:
+        example["segments"][start : len(ids)] += 1
+        example["positions"][start : len(ids)] = np.arange(len(ids) - start)
     weight = (example["positions"] > 0).astype(np.float32)
     return example | {"weight": weight}
 

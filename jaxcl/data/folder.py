@@ -5,7 +5,7 @@ Rows are of the ``instruct`` schema. Stages read only the train files, evals onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from jaxcl.evaluate.base import Eval
     from jaxcl.models.tokenizer import Tokenizer
 
-Read = Callable[[Path, str, str], list[dict[str, Any]]]
+Row = dict[str, Any]
+Read = Callable[[Path, str, str], list[Row]]
 
 
-def read_split(folder: Path, stage: str, split: str) -> list[dict[str, Any]]:
+def read_split(folder: Path, stage: str, split: str) -> list[Row]:
     """Rows of ``<folder>/<stage>/<split>.jsonl``, or ``.jsonl.gz`` where that is what there is."""
     plain = folder / stage / f"{split}.jsonl"
     return read_rows(plain if plain.exists() else plain.with_suffix(".jsonl.gz"), "instruct")
@@ -44,14 +45,8 @@ def folder_stages(
     targets per row, so a run needs one compilation. RequestError: no folder or file, malformed or duplicate
     rows, a target or an instruction that does not fit into ``window``.
     """
-    template = template or Template()
     read_in = {name: subsample(read(_folder(folder), name, "train"), rows, seed) for name in names}
-    tables = [target_table(records, template, tokenizer) for records in read_in.values()]
-    k = max((len(ids) for table in tables for ids in table.values()), default=0)
-    return [
-        Stage(name, instruct_source(name, records, tokenizer, window=window, k=k, template=template), (name,))
-        for name, records in read_in.items()
-    ]
+    return instruct_stages(read_in, tokenizer, window=window, template=template)
 
 
 def folder_evals(
@@ -69,23 +64,41 @@ def folder_evals(
 ) -> list[Eval]:
     """One eval per name over its test file. by: 'ranking' (accuracy of the best label) or 'generation' (greedy
     exact match). rows: at most so many test rows per eval, drawn by ``seed``. RequestError: as `folder_stages`."""
+    read_in = {name: subsample(read(_folder(folder), name, "test"), rows, seed) for name in names}
+    return instruct_evals(read_in, tokenizer, window=window, template=template, batch_size=batch_size, by=by)
+
+
+def instruct_stages(
+    rows: Mapping[str, Sequence[Row]], tokenizer: Tokenizer, *, window: int, template: Template | None = None
+) -> list[Stage]:
+    """One stage per name over ``instruct`` rows, each teaching the eval of its name; see `folder_stages`."""
+    template = template or Template()
+    tables = [target_table(records, template, tokenizer) for records in rows.values()]
+    k = max((len(ids) for table in tables for ids in table.values()), default=0)
+    return [
+        Stage(name, instruct_source(name, records, tokenizer, window=window, k=k, template=template), (name,))
+        for name, records in rows.items()
+    ]
+
+
+def instruct_evals(
+    rows: Mapping[str, Sequence[Row]],
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+    template: Template | None = None,
+    batch_size: int = 16,
+    by: str = "ranking",
+) -> list[Eval]:
+    """One eval per name over ``instruct`` rows; see `folder_evals`."""
     from jaxcl.evaluate.exact_match import exact_match
     from jaxcl.evaluate.ranking import label_ranking
 
     kinds: dict[str, Callable[..., Eval]] = {"ranking": label_ranking, "generation": exact_match}
     if by not in kinds:
         raise unknown("kind of evaluation", by, kinds)
-    return [
-        kinds[by](
-            name,
-            subsample(read(_folder(folder), name, "test"), rows, seed),
-            tokenizer,
-            window=window,
-            template=template,
-            batch_size=batch_size,
-        )
-        for name in names
-    ]
+    shared = {"window": window, "template": template, "batch_size": batch_size}
+    return [kinds[by](name, records, tokenizer, **shared) for name, records in rows.items()]
 
 
 def _folder(folder: str | Path) -> Path:

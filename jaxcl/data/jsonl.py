@@ -31,32 +31,48 @@ OPTIONAL: dict[str, dict[str, Any]] = {
 
 
 def read_rows(path: str | Path, schema: str = "instruct") -> list[dict[str, Any]]:
-    """All rows of a ``.jsonl`` or ``.jsonl.gz`` file, checked.
-
-    RequestError, with file and line: malformed JSON or UTF-8, a line above `MAX_LINE` bytes, a missing field,
-    a field of the wrong type, an ``id`` that occurs twice, a truncated gzip stream; without a line: no such
-    file, no rows at all.
-    """
-    path = Path(path)
-    if schema not in REQUIRED:
-        raise unknown("schema", schema, REQUIRED)
-    rows: list[dict[str, Any]] = []
-    first_seen: dict[str, int] = {}
-    for number, line in _lines(path):
-        row = _parse(line, schema, f"{path}:{number}")
-        before = first_seen.setdefault(row["id"], number)
-        if before != number:
-            raise RequestError(f"{path}:{number}: id {row['id']!r} was already used in line {before}")
-        rows.append(row)
+    """All rows of a ``.jsonl`` or ``.jsonl.gz`` file, checked; RequestError: see `iter_rows`, and no rows at all."""
+    rows = list(iter_rows(path, schema))
     if not rows:
         raise RequestError(f"{path}: no rows; a stage needs at least one")
     return rows
 
 
-def check_row(row: Any, schema: str, where: str) -> dict[str, Any]:
-    """``row`` itself where it fits the schema, else RequestError naming ``where`` and the field."""
+def iter_rows(path: str | Path, schema: str | None = "instruct") -> Iterator[dict[str, Any]]:
+    """The rows one after another, so that a file need not fit into memory. schema None: any JSON objects.
+
+    RequestError, with file and line: malformed JSON or UTF-8, a line above `MAX_LINE` bytes, a missing field,
+    a field of the wrong type, an ``id`` that occurs twice, a truncated gzip stream; without a line: no such
+    file, an unknown schema.
+    """
+    path = Path(path)
+    if schema is not None and schema not in REQUIRED:
+        raise unknown("schema", schema, REQUIRED)
+    return _rows(path, schema)
+
+
+def count_rows(path: str | Path) -> int:
+    """How many rows a file has; nothing is parsed."""
+    return sum(1 for _ in _lines(Path(path)))
+
+
+def _rows(path: Path, schema: str | None) -> Iterator[dict[str, Any]]:
+    first_seen: dict[str, int] = {}
+    for number, line in _lines(path):
+        row = _parse(line, schema, f"{path}:{number}")
+        if schema is not None:
+            before = first_seen.setdefault(row["id"], number)
+            if before != number:
+                raise RequestError(f"{path}:{number}: id {row['id']!r} was already used in line {before}")
+        yield row
+
+
+def check_row(row: Any, schema: str | None, where: str) -> dict[str, Any]:
+    """``row`` itself where it fits the schema (None: any object), else RequestError naming ``where`` and the field."""
     if not isinstance(row, dict):
         raise RequestError(f"{where}: expected a JSON object, found {_shown(row)}")
+    if schema is None:
+        return row
     for field, kind in REQUIRED[schema].items():
         if field not in row:
             raise RequestError(f"{where}: field {field!r} is missing; {nearest(field, row)}")
@@ -101,7 +117,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise RequestError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _parse(line: bytes, schema: str, where: str) -> dict[str, Any]:
+def _parse(line: bytes, schema: str | None, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

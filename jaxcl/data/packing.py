@@ -39,11 +39,12 @@ def first_fit(lengths: Sequence[int], window: int, most: int) -> list[list[int]]
 def merge(examples: Sequence[Example], most: int) -> Example:
     """One example of window T from up to ``most`` that fit into it together.
 
-    segments number the rows from 1, positions restart, ``targets_at`` is shifted and grows to K * most
-    (unused slots 0, weight 0). ``row`` is the first row's; ``rows`` i32[most] holds all, -1 where none.
+    segments are numbered on from row to row (a block of several documents has several), positions stay each row's
+    own, ``targets_at`` is shifted and grows to K * most (unused slots 0, weight 0). ``row`` is the first row's;
+    ``rows`` i32[most] holds all, -1 where none.
     """
     packed = {name: np.zeros_like(examples[0][name]) for name in ("tokens", "segments", "positions")}
-    window, at = len(packed["tokens"]), 0
+    window, at, segments = len(packed["tokens"]), 0, 0
     answers = "targets_at" in examples[0]
     k = len(examples[0]["weight"]) if answers else 0
     packed["weight"] = np.zeros(k * most if answers else window, np.float32)
@@ -53,7 +54,8 @@ def merge(examples: Sequence[Example], most: int) -> Example:
         length = tokens_of(example)
         for name in ("tokens", "positions"):
             packed[name][at : at + length] = example[name][:length]
-        packed["segments"][at : at + length] = number + 1
+        packed["segments"][at : at + length] = segments + example["segments"][:length]
+        segments += int(example["segments"].max())
         if answers:
             slots = slice(number * k, (number + 1) * k)
             packed["targets_at"][slots] = np.where(example["targets_at"] > 0, example["targets_at"] + at, 0)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from jaxcl.data.encode import Example, check_frames, encode, encode_text, fit_prompt, target_ids
+from jaxcl.data.blocks import text_source as text_source  # beside its sibling, `instruct_source`
+from jaxcl.data.encode import Example, check_frames, encode, fit_prompt, target_ids
 from jaxcl.data.template import Template
 from jaxcl.errors import RequestError
 
@@ -115,29 +116,6 @@ def instruct_source(
         return encode(prompts[i], target, window, k, pad=tokenizer.pad_id, row=i)
 
     return Rows(name, records, encode_row, lambda row: row["target"] if row.get("labels") else name)
-
-
-def text_source(
-    name: str,
-    documents: Sequence[dict[str, Any] | str],
-    tokenizer: Tokenizer,
-    *,
-    window: int,
-) -> Rows:
-    """Documents (``text`` rows or strings) one after another, an end-of-sequence token after each, cut into
-    blocks of ``window`` tokens; the last block may be shorter. A block's label is the name."""
-    texts = [document if isinstance(document, str) else document["text"] for document in documents]
-    parts = [np.array([*tokenizer.encode(text), tokenizer.eos_id], np.int32) for text in texts]
-    ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-    blocks = [ids[at : at + window] for at in range(0, len(ids), window)]
-    if len(blocks) > 1 and len(blocks[-1]) == 1:  # a single token predicts nothing
-        blocks.pop()
-    records = [
-        {"id": f"{name}-{i}", "task": name, "text": tokenizer.decode(b.tolist())}
-        for i, b in enumerate(blocks)
-    ]
-    pad = tokenizer.pad_id
-    return Rows(name, records, lambda i: encode_text(blocks[i], window, pad=pad, row=i), lambda _: name)
 
 
 def target_table(
