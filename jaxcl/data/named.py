@@ -6,13 +6,14 @@
 
 A path is a file, a folder of ``<split>.jsonl[.gz]``, or such a folder of the data directory. Splits are written as in
 TFDS (see `splits`). Last parts of a name with ``=`` choose rows by a column: ``text_languages/genesis/lang=de`` or,
-both ends included, ``text_dated/peps/date=2000..2005``.
+both ends included, ``text_dated/peps/date=2000..2005``; splits are slices of the rows chosen.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +67,8 @@ def iter_rows(
     data_dir: the data directory for paths (default $JAXCL_DATA). RequestError at once: an unknown name, split or
     column, data that is not here; while reading: a row that does not fit the schema.
     """
-    table, keeps = _open(name, schema, columns, data_dir)
-    return _read(table, _spans(table, name, split), schema, columns, keeps)
+    table = _open(name, schema, columns, data_dir)
+    return _read(table, _spans(table, name, split), schema, columns)
 
 
 def train_and_test(
@@ -83,14 +84,14 @@ def train_and_test(
     `load_rows`; ``name`` has no split of its own."""
     if (own := parse(name).split) is not None:
         raise RequestError(f"{name}: the name has the split {own!r}; train and test ({train!r}, {test!r}) say which")
-    table, keeps = _open(name, schema, columns, data_dir)
+    table = _open(name, schema, columns, data_dir)
     learned, held_out = _spans(table, name, train), _spans(table, name, test)
     if base := shared(learned, held_out):
         raise RequestError(f"{name}: {train!r} and {test!r} share rows of {base!r}; test rows may not be trained on")
-    tests = list(_read(table, held_out, schema, columns, keeps))
+    tests = list(_read(table, held_out, schema, columns))
     if not tests:
         raise RequestError(f"{name}: no rows in {test!r}; an eval needs at least one")
-    return _read(table, learned, schema, columns, keeps), tests
+    return _read(table, learned, schema, columns), tests
 
 
 def parse(name: str) -> Name:
@@ -121,9 +122,7 @@ def prepare(name: str) -> str:
     raise RequestError(f"{name!r} lies on disk; accepted: tfds:NAME or hf:OWNER/NAME")
 
 
-def _open(
-    name: str, schema: str, columns: Columns | None, data_dir: str | Path | None
-) -> tuple[Table, Callable[[Row], bool]]:
+def _open(name: str, schema: str, columns: Columns | None, data_dir: str | Path | None) -> Table:
     if schema not in REQUIRED:
         raise unknown("schema", schema, REQUIRED)
     found = parse(name)
@@ -133,7 +132,7 @@ def _open(
         table = hf_source.open_table(found.path)
     else:
         table = local_source.open_table(found.path, data_dir, schema if columns is None else None)
-    return table, _chooser(found)
+    return _chosen(table, found) if found.chosen else table
 
 
 def _spans(table: Table, name: str, split: str | None) -> list[Span]:
@@ -144,31 +143,36 @@ def _spans(table: Table, name: str, split: str | None) -> list[Span]:
     return spans(own or split or default, table.size, table.name)
 
 
-def _read(
-    table: Table, where: list[Span], schema: str, columns: Columns | None, keeps: Callable[[Row], bool]
-) -> Iterator[Row]:
+def _read(table: Table, where: list[Span], schema: str, columns: Columns | None) -> Iterator[Row]:
     shaped = None if table.shaped else shape(table, schema, columns)
     parts = [(span, table.rows(*span)) for span in where]  # a split that is not there is an error now, not later
 
     def rows() -> Iterator[Row]:
         for span, part in parts:
             for number, row in enumerate(part, start=span.start):
-                if keeps(row):
-                    yield row if shaped is None else shaped(row, span.base, number)
+                yield row if shaped is None else shaped(row, span.base, number)
 
     return rows()
 
 
-def _chooser(name: Name) -> Callable[[Row], bool]:
+def _chosen(table: Table, name: Name) -> Table:
+    """The table of the rows that the name's filters let through; its splits are sliced after them."""
+
     def keeps(row: Row) -> bool:
         for column, low, high in name.chosen:
             if column not in row:
-                raise unknown("column", column, row, where=f"{name.path}/{column}=...")
+                raise unknown("column", column, row, where=f"{table.name}/{column}=...")
             if not _between(row[column], low, high):
                 return False
         return True
 
-    return keeps
+    def kept(split: str) -> Iterator[Row]:
+        return filter(keeps, table.rows(split, 0, None))
+
+    return table._replace(
+        size=lambda split: sum(1 for _ in kept(split)),
+        rows=lambda split, start, stop: itertools.islice(kept(split), start, stop),
+    )
 
 
 def _between(value: Any, low: str, high: str | None) -> bool:
