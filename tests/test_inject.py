@@ -12,6 +12,8 @@ from support import MODEL, SPEC, STACK, weights
 
 from jaxcl.errors import RequestError
 from jaxcl.models.cache import prefill
+from jaxcl.models.decoder import decoder
+from jaxcl.models.spec import tiny
 
 SITE = "layers/1/mlp/down"
 
@@ -86,3 +88,28 @@ def test_scales_are_diagonal_matrices_at_their_site(segments):
     np.testing.assert_allclose(got, want, atol=2e-5)
     named = MODEL.axes(spec, scaled)
     assert {named[p][-1] for p in scaled if p.endswith("_scale")} == {"mlp", "kv"}
+
+
+def test_a_forward_pass_that_starts_at_a_layer_ends_as_the_whole_one():
+    params, batch = weights(), batch_of()
+    whole = MODEL.apply(SPEC, params, batch, taps=("layers/0:out",))
+    stream = whole.taps["layers/0:out"]
+    wrong_tokens = {**batch, "tokens": np.zeros_like(batch["tokens"]), "targets_at": np.full((2, 1), 3, np.int32)}
+    rest = MODEL.apply(SPEC, params, wrong_tokens, start=(1, stream))
+    np.testing.assert_array_equal(rest.hidden, whole.hidden)  # the tokens count as labels only
+    used = MODEL.apply(SPEC, {k: v for k, v in params.items() if "layers/0/" not in k}, batch, start=(1, stream))
+    np.testing.assert_array_equal(used.nll, whole.nll)
+
+
+def test_a_start_at_a_stack_and_inside_one():
+    spec = tiny(layers=5, segments=((("block",), 2), (("block", "block"), 1), (("block",), 1)))
+    model, batch = decoder(spec), batch_of()
+    params = model.init(spec, jax.random.key(0))
+    whole = model.apply(spec, params, batch, taps=("layers/1:out", "layers/2:out", "layers/3:out"))
+    for layer in (2, 3, 4):
+        rest = model.apply(spec, params, batch, start=(layer, whole.taps[f"layers/{layer - 1}:out"]))
+        np.testing.assert_array_equal(rest.nll, whole.nll)
+    embedded = jnp.take(params["embed/kernel"], batch["tokens"], axis=0)
+    np.testing.assert_array_equal(model.apply(spec, params, batch, start=(0, embedded)).nll, whole.nll)
+    with pytest.raises(RequestError, match="layer 1 is in a stack"):
+        model.apply(spec, params, batch, start=(1, embedded))

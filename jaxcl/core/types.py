@@ -65,7 +65,8 @@ Inject = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]
 class Apply(Protocol):
     """A model's forward pass, pure: the same arguments give the same outputs. inject: {dense site: function that
     replaces its output}; its notes come back as ``Outputs.aux[site]``, so that a router's decision can go into
-    the cache."""
+    the cache. start: (layer, x [B,T,D]) begins at a layer with the residual stream x that the ones below it gave:
+    what is tried again and again above them need not be computed from the tokens on."""
 
     def __call__(
         self,
@@ -78,6 +79,7 @@ class Apply(Protocol):
         train: bool = False,
         key: jax.Array | None = None,
         inject: Mapping[str, Inject] | None = None,
+        start: tuple[int, jax.Array] | None = None,
     ) -> Outputs: ...
 
 

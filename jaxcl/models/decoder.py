@@ -55,6 +55,7 @@ def apply(
     train: bool = False,
     key: jax.Array | None = None,
     inject: Mapping[str, Inject] | None = None,
+    start: tuple[int, jax.Array] | None = None,
 ) -> Outputs:
     """The forward pass. batch: tokens, segments (0 = padding), positions i32[B,T]; optional targets_at
     i32[B,K], bank_weight f32[B,S].
@@ -63,9 +64,10 @@ def apply(
     it (0 where targets_at <= 0); without [B,T], 0 where a token starts its segment or is padding. With a
     cache and without targets_at nll is None. taps: ``'layers/7/attn/q:in'`` the input of a dense site,
     ``'layers/7:out'`` the residual stream after a layer. inject: see `jaxcl.core.types.Apply`; sites are dense ones
-    of layers with keys of their own, ``'layers/7/mlp/down'``. train with ``key``: adapter dropout. Raises
-    RequestError on a tap or site that does not exist, on a sequence longer than ``spec.context``, on dropout
-    without a key.
+    of layers with keys of their own, ``'layers/7/mlp/down'``. start: (7, x) with x the tap ``'layers/6:out'``; taps
+    and sites must then be of layers from 7 on. train with ``key``: adapter dropout. Raises RequestError on a tap or
+    site that does not exist, on a sequence longer than ``spec.context``, on dropout without a key, on a start inside
+    a stack.
     """
     tokens = batch["tokens"]
     if tokens.shape[1] > spec.context:
@@ -73,12 +75,15 @@ def apply(
     if train and spec.adapter_dropout and key is None:
         raise RequestError(f"adapter_dropout is {spec.adapter_dropout} without a key; accepted: train and key")
     flows = flows_of(spec, batch, cache, key if train else None)
-    x = Embedding(below(params, "embed"))(tokens, spec.dtype, spec.embed_scale)
+    if start is None:
+        runs, x = spec.runs, Embedding(below(params, "embed"))(tokens, spec.dtype, spec.embed_scale)
+    else:
+        runs, x = spec.runs_from(start[0]), start[1]
     seen: dict[str, jax.Array] = {}
     notes: dict[str, Any] = {}
     written: Cache = {}
     placed = local_injections(spec, inject or {})
-    for run in spec.runs:
+    for run in runs:
         wanted = local_taps(spec, run, taps)
         x, kept, left, new = run_segment(spec, params, run, x, flows, cache or {}, wanted, placed)
         seen |= kept

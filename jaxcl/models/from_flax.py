@@ -59,8 +59,9 @@ def from_flax(module: Any, *, logits: Logits, spec: Any = None) -> tuple[Model, 
         train: bool = False,
         key: jax.Array | None = None,
         inject: Any = None,
+        start: Any = None,
     ) -> Outputs:
-        if cache is not None or taps or inject:
+        if cache is not None or taps or inject or start:
             asked = "a key-value cache" if cache is not None else f"tap {taps[0]!r}" if taps else "an injection"
             raise RequestError(
                 f"{type(module).__name__} cannot give {asked}; accepted: losses and nll of whole sequences"

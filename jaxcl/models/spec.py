@@ -160,6 +160,19 @@ class DecoderSpec:
             start = stop
         return tuple(out)
 
+    def runs_from(self, layer: int) -> tuple[Run, ...]:
+        """The segments from a layer on. RequestError where it is inside a stack."""
+        left = []
+        for run in self.runs:
+            first, last = run.layers[0].start, run.layers[-1][-1]
+            if first >= layer:
+                left.append(run)
+            elif last >= layer and run.repeats > 1:
+                raise RequestError(f"layer {layer} is in a stack of layers; restack so that it stands alone")
+            elif last >= layer:
+                left.append(Run(run.kinds[layer - first :], 1, *(part[layer - first :] for part in run[2:])))
+        return tuple(left)
+
     @property
     def unstacked(self) -> Segments:
         """Segments that keep every layer under its own key."""
