@@ -106,4 +106,5 @@ def _library() -> Any:
     for module in _REGISTERS:
         with contextlib.suppress(ImportError):
             importlib.import_module(f"tensorflow_datasets.{module}")
+    tfds.disable_progress_bar()
     return tfds
