@@ -67,7 +67,12 @@ class Experiment:
                 raise RequestError(f"{name} is {value}; accepted: a whole number of at least 1")
         if self.batch_size % self.accumulate:
             raise RequestError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
-        if self.pack > 1:
-            for m in self.methods:
-                if not m.packs:
-                    raise RequestError(f"method {m.name!r} works on whole sequences; set pack to 1 (it is {self.pack})")
+        for m in self.methods:
+            if self.pack > 1 and not m.packs:
+                raise RequestError(f"method {m.name!r} works on whole sequences; set pack to 1 (it is {self.pack})")
+            for stage in () if m.packs else self.stages:
+                if getattr(stage.train, "packs", False):
+                    raise RequestError(
+                        f"method {m.name!r} works on whole sequences; stage {stage.name!r} has several in a row, "
+                        "its text must not be separate"
+                    )
