@@ -17,7 +17,7 @@ from jaxcl.core.step import step_key
 from jaxcl.core.tools import Toolbox
 from jaxcl.core.types import Method, Own, Params, Phase, State, Stream, World
 from jaxcl.errors import KeyTaken, RequestError
-from jaxcl.surgery.edit import carry
+from jaxcl.surgery.edit import carry, complete
 
 
 class Between:
@@ -68,16 +68,27 @@ class Between:
                     maker = self.owner.get(e.key, "the given weights")
                     raise RequestError(f"methods {maker!r} and {m.name!r} do not go together: {e}") from e
                 self.world = self.world._replace(params=dict(sorted(self.world.params.items())))
-                self.owner |= {k: m.name for k in self.world.params if k not in before}
+                self._own(m, before, self.world.edits[seen:])
                 for other in self.methods[:n]:  # those behind see these edits before their own begin
                     self.owns[other.name] = carry(self.owns[other.name], other.kinds, self.world.edits[seen:])
             self.owns[m.name] = whole(own)
         self.owner = {k: v for k, v in self.owner.items() if k in self.world.params}
         self.world = self.world._replace(trained=compose.vote(self.methods, self.world, self.owns, self.owner))
         for n, m in enumerate(self.methods):
-            if m.init is not None and not any(self.owns[m.name].values()):
+            if m.init is None:
+                continue
+            if not any(self.owns[m.name].values()):
                 self.owns[m.name] = whole(m.init(self.given(n, 1)))
+            elif m.kinds and any(e.born or e.moved for e in self.world.edits):
+                self.owns[m.name] = complete(self.owns[m.name], whole(m.init(self.given(n, 1))), m.kinds)
         self._settle()
+
+    def _own(self, m: Method, before: set[str], edits: tuple[Any, ...]) -> None:
+        """Keys that appeared in a method's `begin` are its own; what a surgery only moved keeps its owner."""
+        for edit in edits:
+            self.owner = edit.owners(self.owner, m.name)
+        moved = {path for edit in edits for path in edit.moved}
+        self.owner |= {k: m.name for k in self.world.params if k not in before and k not in moved}
 
     def plan(self, phase: int) -> list[Phase]:
         """The stage's phases as all methods want them, as of now. Raises RequestError, see `compose.fold_plans`."""

@@ -222,8 +222,9 @@ class Method:
 
     name: also its key in State, Fixed and the log. hparams: JSON, filled by `@method`. taps: activations
     it reads. keeps: what of past stages it may hold. packs: whether sequences may share a row.
-    kinds: {top-level name of its own memory: 'value' | 'gradient' | 'square' | 'mask'}, so that a surgery's
-    Edit knows how to carry it; only entries whose keys are parameter paths need one.
+    kinds: {top-level name of its own memory: 'value' | 'gradient' | 'square' | 'mask', or 'sites' for a list of dense
+    sites}, so that a surgery's Edit knows how to carry it; only entries whose keys are parameter paths need one.
+    After a surgery `init` is asked again, for the entries of new tensors alone.
     """
 
     name: str

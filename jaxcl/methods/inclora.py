@@ -30,7 +30,7 @@ def inclora(
     Other arguments and errors: see `jaxcl.methods.lora.lora`.
     """
     begin = banking(rank, lora_scale(rank, alpha, rslora), dropout, targets, max_stages)
-    return Method(name=name, begin=begin, mask=freeze_base)
+    return Method(name=name, begin=begin, mask=freeze_base, kinds={"sites": "sites"})
 
 
 def banking(rank: int, scale: float, dropout: float, targets: Sequence[str], max_stages: int) -> Hook:

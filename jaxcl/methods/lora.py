@@ -45,7 +45,7 @@ def lora(
         merged_in = world._replace(params=merge(world.params, where) | scales)
         return fresh_slot(merged_in, where, rank), own
 
-    return Method(name=name, begin=begin, mask=freeze_base, end=end if merged else None)
+    return Method(name=name, begin=begin, mask=freeze_base, end=end if merged else None, kinds={"sites": "sites"})
 
 
 def lora_scale(rank: int, alpha: float, rslora: bool) -> float:

@@ -47,7 +47,8 @@ def olora(
         raise unknown("norm", norm, NORMS, where="olora")
 
     def loss(ctx: Ctx) -> dict[str, jax.Array]:
-        where = sites(ctx.params, targets)  # its own: other adapters may sit elsewhere
+        # Its own: other adapters may sit elsewhere, and layers that grew later have none.
+        where = [s for s in sites(ctx.params, targets) if s + "/bank_a" in ctx.params]
         named: dict[str, jax.Array] = {}
         if strength:
             pairs = ((ctx.params[s + "/lora_a"], ctx.params[s + "/bank_a"]) for s in where)
@@ -58,4 +59,5 @@ def olora(
         return named
 
     begin = banking(rank, lora_scale(rank, alpha, rslora), dropout, targets, max_stages)
-    return Method(name=name, begin=begin, mask=freeze_base, loss=loss if strength or norm_strength else None)
+    term = loss if strength or norm_strength else None
+    return Method(name=name, begin=begin, mask=freeze_base, loss=term, kinds={"sites": "sites"})
