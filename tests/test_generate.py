@@ -13,7 +13,7 @@ import pytest
 from jaxcl.errors import RequestError
 from jaxcl.models.cache import extend, prefill
 from jaxcl.models.decoder import decoder
-from jaxcl.models.generate import draw, generate
+from jaxcl.models.generate import draw, generate, penalised
 from jaxcl.models.spec import tiny
 from jaxcl.models.stacking import restack
 
@@ -186,3 +186,37 @@ def test_sampling_is_seeded_and_follows_the_distribution(params, prompts):
     assert np.array_equal(a, b) and not np.array_equal(a, c)
     with pytest.raises(RequestError, match="key"):
         run(max_new=6, temperature=1.0)
+
+
+def test_top_k_keeps_the_most_likely_and_works_before_top_p():
+    """20000 draws against the renormalised softmax of what is kept, by hand."""
+    scores = np.array([0.5, 2.0, -1.0, 1.0, 0.0], np.float32)
+    prob = np.exp(scores) / np.exp(scores).sum()
+    keys = jax.random.split(jax.random.key(0), 20000)
+    for top_k, top_p, kept in ((1, 1.0, [1]), (3, 1.0, [1, 3, 0]), (9, 1.0, range(5)), (3, 0.8, [1, 3])):
+        want = np.where(np.isin(np.arange(5), kept), prob, 0.0)
+        drawn = jax.vmap(lambda k, p=top_p, n=top_k: draw(k, jnp.array(scores)[None], p, n)[0])(keys)
+        np.testing.assert_allclose(np.bincount(drawn, minlength=5) / 20000, want / want.sum(), atol=0.015)
+
+
+def test_a_repetition_penalty_looks_at_prompt_and_answer(params, prompts):
+    """Greedy with a penalty against the whole sequence each time, the penalty written out in numpy."""
+    penalty = 1.8
+
+    def penalised_greedy(prompt) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(8):
+            row = np.zeros((1, WIDTH + 8), np.int32)
+            row[0, : len(tokens)] = tokens
+            hidden = np.asarray(hidden_of(SPEC, params, row), np.float64)[0, len(tokens) - 1]
+            scores = params["embed/kernel"] @ hidden
+            for t in set(tokens):
+                scores[t] = scores[t] / penalty if scores[t] > 0 else scores[t] * penalty
+            tokens.append(int(np.argmax(scores)))
+        return tokens[len(prompt) :]
+
+    want = [penalised_greedy(prompts[r, :n].tolist()) for r, n in enumerate(LENGTHS)]
+    run = functools.partial(generate, MODEL.apply, MODEL.head, SPEC, params, prompts, LENGTHS, stop_ids=())
+    made, _ = run(max_new=8, repetition_penalty=penalty)
+    assert np.array_equal(made, want) and not np.array_equal(made, run(max_new=8)[0])
+    assert np.array_equal(penalised(jnp.array([2.0, -2.0]), 2.0), [1.0, -4.0])

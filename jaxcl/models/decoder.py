@@ -170,6 +170,8 @@ def head(spec: DecoderSpec, params: Params, hidden: jax.Array, at: jax.Array) ->
 
 
 def logits(spec: DecoderSpec, params: Params, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> f32[..., V], with the embedding as head where the spec is tied."""
+    """[..., D] -> f32[..., V], with the embedding as head where the spec is tied; ``vocab_bias`` f32[V], where there is
+    one, closes rows of the vocabulary (see `jaxcl.surgery.vocabulary`)."""
     kernel = params["embed/kernel"].T if spec.tied else params["head/kernel"]
-    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return scores + params["vocab_bias"] if "vocab_bias" in params else scores
