@@ -45,8 +45,9 @@ def generate(
     """Continues prompts i32[B,T], right-padded, of lengths i32[B] -> (tokens i32[B,max_new], lengths i32[B]).
 
     A row ends with the first of ``stop_ids``, which stays in tokens but is not counted in lengths; after it
-    stands ``pad``. temperature 0 is greedy; above it samples with ``key`` from the ``top_k`` most likely tokens (0: all;
-    Fan et al. 2018), of these from the smallest set whose probability reaches ``top_p`` (Holtzman et al. 2020).
+    stands ``pad``. temperature 0 is greedy; above it samples with ``key`` from the ``top_k`` most likely tokens
+    (0: all; Fan et al. 2018), of these from the smallest set whose probability reaches ``top_p`` (Holtzman et al.
+    2020).
     repetition_penalty: logits of tokens that the row holds already, its prompt included, are divided by it where
     positive and multiplied where negative (Keskar et al. 2019), also for greedy. apply and head may be wrapped by
     methods; ``batch`` holds further fields they read, one row each. All keywords but key and batch are static under

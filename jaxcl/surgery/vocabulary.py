@@ -19,19 +19,19 @@ from jaxcl.errors import RequestError
 
 BIAS = "vocab_bias"
 CLOSED = -1e9
-"""exp of it is exactly 0 in float32, as that of -inf; but 0 * (CLOSED - CLOSED) is 0, where -inf gives NaN (in a KL)."""
+"""Its exp is exactly 0 in float32, as that of -inf; but 0 * (CLOSED - CLOSED) is 0, where -inf gives NaN (in a KL)."""
 ALIGNED = 128  # a vocabulary divisible by a power of two stays so, up to this one: what was sharded stays sharded
 
 
 def grow(world: World, n: int) -> World:
-    """The world with at least ``n`` closed rows behind the vocabulary of ``world.spec``; new values by ``world.key``."""
+    """The world with at least ``n`` closed rows behind its vocabulary; new values by ``world.key``."""
     params, spec = grown(world.spec, world.params, n, world.key)
     return world._replace(params=params, spec=spec)
 
 
 def grown(spec: Any, params: Params, n: int, key: jax.Array, spread: float = 0.1) -> tuple[Params, Any]:
-    """(params, spec) with ``n`` new rows (a few more where `ALIGNED` asks for it) of ``embed/kernel`` [V,D] and, untied,
-    columns of ``head/kernel`` [D,V], all closed.
+    """(params, spec) with ``n`` new rows of ``embed/kernel`` [V,D] and, untied, columns of ``head/kernel`` [D,V], all
+    closed; a few more where `ALIGNED` asks for it.
 
     A new row is the mean of the old ones (Hewitt 2021: its logit is no outlier) plus ``spread`` of their standard
     deviation, so that new tokens differ. Raises RequestError for a model without a vocabulary, n < 1.
@@ -53,7 +53,7 @@ def grown(spec: Any, params: Params, n: int, key: jax.Array, spread: float = 0.1
 
 
 def drawn(kernel: jax.Array, n: int, axis: int, key: jax.Array, spread: float) -> jax.Array:
-    """``n`` new entries along ``axis``: the mean over it plus normal noise of ``spread`` standard deviations over it."""
+    """``n`` new entries along ``axis``: the mean over it plus normal noise of ``spread`` standard deviations."""
     old = kernel.astype(jnp.float32)
     mean, std = old.mean(axis, keepdims=True), old.std(axis, keepdims=True)
     shape = tuple(n if a == axis else size for a, size in enumerate(kernel.shape))
@@ -66,8 +66,8 @@ def opened(params: Params, row: Any) -> Params:
 
 
 def cut(spec: Any, params: Params, vocab: int) -> tuple[Params, Any]:
-    """(params, spec) with the first ``vocab`` rows alone, as before `grow`: exact for every token below ``vocab``, since
-    closed rows have no probability. For export. RequestError where a row behind them is open."""
+    """(params, spec) with the first ``vocab`` rows alone, as before `grow`: exact for every token below ``vocab``,
+    since closed rows have no probability. For export. RequestError where a row behind them is open."""
     if not 1 <= vocab <= spec.vocab or bool(jnp.any(params[BIAS][vocab:] > CLOSED)):
         raise RequestError(f"cut after {vocab} of {spec.vocab} rows; accepted: up to where only closed rows follow")
     out = {k: v for k, v in params.items() if k != BIAS}
