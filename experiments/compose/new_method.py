@@ -77,7 +77,7 @@ def experiment(methods: list[Method]) -> Experiment:
         evals.append(text_nll(script, [{"id": n, "text": n} for n in held_out], words, window=48))
     return Experiment(
         model=model, params=model.init(model.spec, jax.random.key(0)), stages=stages, evals=evals, methods=methods,
-        tx=optax.adam(3e-3), batch_size=16, epochs=6, save_every=0,
+        tx=optax.adam(3e-3), batch_size=16, epochs=5, save_every=0,
     )  # fmt: skip
 
 

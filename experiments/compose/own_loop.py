@@ -140,7 +140,7 @@ def experiment(model: Any, epochs: float) -> tuple[Experiment, Early]:
 
 def main() -> dict[str, Run]:
     """{run: what it left}; prints its scores, nats a byte of the test names."""
-    exp, early = experiment(decoder(tiny(layers=1)), epochs=60)
+    exp, early = experiment(decoder(tiny(layers=1)), epochs=40)
     done = {"all steps": Run(exp).run(), "early stop": Run(exp, early).run()}
     for label, run in done.items():
         print(f"{label:18}" + "".join(f"{script:>10}" for script in SCRIPTS) + f"{'steps':>12}")
