@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -339,6 +340,19 @@ def test_stages_and_evals_of_named_answers(folder, there):
         answer_stages(["asked", f"{folder}/asked"], ByteTokenizer(), window=64, data_dir=folder)
     with pytest.raises(RequestError, match="is one name; accepted: a list"):
         answer_stages("asked", ByteTokenizer(), window=64, data_dir=folder)
+
+
+def test_the_page_on_data_shows_what_happens(folder, monkeypatch, capsys):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    for domain in ("law", "web"):
+        for split in ("train", "test"):
+            _write(folder / domain / f"{split}.jsonl", [{"id": "a", "text": f"{split} text"}])
+    monkeypatch.chdir(folder)
+    seen: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, seen)
+    assert f"    {capsys.readouterr().out}" in page
+    assert [(s.name, len(s.train)) for s in seen["stages"]] == [("law", 1), ("web", 1)]
 
 
 def test_importing_jaxcl_imports_no_data_library():

@@ -102,8 +102,8 @@ def _shaped(
 
 
 def task_name(name: str) -> str:
-    """The last part of a data set's name: 'sst2' for 'tfds:glue/sst2'."""
-    return name.rpartition(":")[2].rstrip("/").rpartition("/")[2]
+    """The last part of a data set's name: 'sst2' for 'tfds:glue/sst2', 'rows' for 'my/rows.jsonl.gz'."""
+    return name.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".jsonl")[0]
 
 
 def _labels(table: Table, columns: Columns) -> tuple[str, ...] | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxcl.data.blocks import text_source
-from jaxcl.data.columns import Columns, Row
+from jaxcl.data.columns import Columns, Row, task_name
 from jaxcl.data.folder import instruct_evals, instruct_stages
 from jaxcl.data.named import parse, train_and_test
 from jaxcl.data.stage import Stage, subsample
@@ -103,9 +103,8 @@ def stream_data(stream: str) -> dict[str, str]:
 def stage_name(name: str) -> str:
     """What a stage is called that no one named: the last part of its data's name, with what was chosen from it."""
     found = parse(name)
-    last = found.path.rstrip("/").rpartition("/")[2].partition(".jsonl")[0]
     chosen = [value if high is None else f"{value}..{high}" for _, value, high in found.chosen]
-    return "-".join([last, *chosen])
+    return "-".join([task_name(found.path), *chosen])
 
 
 def _named(data: Names) -> dict[str, str]:
