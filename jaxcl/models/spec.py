@@ -134,10 +134,10 @@ class DecoderSpec:
         """A window without local layers, or the reverse, is a slip: it would be another function without a word."""
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise _refused(self, "window", "None or a whole number above 0")
-        if self.window is None and self.local_theta is not None:
-            raise _refused(self, "local_theta", "None without a window")
         if (self.window is not None) != ("local" in self.kinds):
             raise _refused(self, "window", "a whole number where segments have 'local' layers, else None")
+        if self.window is None and self.local_theta is not None:
+            raise _refused(self, "local_theta", "None without a window")
 
     @property
     def kinds(self) -> tuple[str, ...]:
