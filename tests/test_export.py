@@ -83,6 +83,7 @@ def deltas(done: support.Done) -> dict[str, np.ndarray]:
 def test_a_trained_model_comes_back_bit_for_bit(full, room):
     assert export(str(full.out), "hf", str(room / "full-hf")) == []
     assert {f.name for f in (room / "full-hf").iterdir()} == HF_FILES
+    assert len({f.stat().st_mode for f in (room / "full-hf").iterdir()}) == 1, "weights are as readable as the rest"
     model, params, words, info = fetch.load(str(room / "full-hf"))
     assert not info["dequantised"]
     assert model.spec == full.loop.now.world.spec

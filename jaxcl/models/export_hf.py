@@ -94,18 +94,26 @@ def write_shards(
     folder: Path, spec: DecoderSpec, weights: Mapping[str, np.ndarray], shards: list[list[str]], offset: float = 0.0
 ) -> None:
     """model.safetensors, or model-00001-of-0000N.safetensors with their index. offset: what norms' scales leave out."""
-    from safetensors.numpy import save_file
-
     place: dict[str, str] = {}
     for i, paths in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {foreign_name(spec, p, "hf"): foreign(p, weights[p], offset) for p in paths}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        write_tensors(folder / name, tensors)
         place |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         total = sum(weights[p].nbytes for paths in shards for p in paths)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """One safetensors file as transformers and PEFT want it, readable for those who may read any new file here."""
+    from safetensors.numpy import save_file
+
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    file.chmod(mode)  # the library makes its files private
 
 
 def foreign(path: str, value: np.ndarray, offset: float = 0.0) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl.errors import RequestError
-from jaxcl.models.export_hf import LORA
+from jaxcl.models.export_hf import LORA, write_tensors
 from jaxcl.models.export_run import weight_at
 from jaxcl.models.export_tokenizer import write_json, write_tokenizer
 from jaxcl.models.fetch import MODELS, is_hub_id
@@ -50,15 +50,13 @@ def write_peft(
     adapters = {foreign_name(spec, s + "/kernel", "hf").removesuffix(".weight"): adapter(flat, s) for s in sites(flat)}
     if not adapters:
         raise RequestError("the run has no adapters; accepted: --format hf")
-    from safetensors.numpy import save_file
-
     tensors = {}
     for module, one in adapters.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(one.a)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(one.b)
     name, revision = base_name(source)
     write_json(folder / "adapter_config.json", adapter_config(spec, adapters, name, revision))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors)
     notes = write_tokenizer(folder, tokenizer, spec.context)[1]
     if name is None:
         notes.append("the run's base has no name: give PEFT the base model yourself")
