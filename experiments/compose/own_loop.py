@@ -102,7 +102,7 @@ class Run:
 
     def step(self, spec: Any, phase: Phase) -> Any:
         """The phase's step, compiled once for all phases like it."""
-        exp, key = self.exp, (spec, phase.objective, phase.active, id(phase.tx))
+        exp, key = self.exp, (spec, phase.objective, phase.active, phase.tx)
         if key not in self.compiled:
             made = make_step(exp.model.apply, spec, exp.methods, exp.tx, phase, exp.accumulate, exp.model.head)
             self.compiled[key] = jax.jit(made)
