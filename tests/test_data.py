@@ -322,7 +322,7 @@ needs_data = pytest.mark.skipif(not os.environ.get("JAXCL_DATA"), reason="JAXCL_
 def test_orders_are_those_of_the_benchmark():
     orders = json.loads((data_folder("olora_benchmark") / "orders.json").read_text())
     assert {f"olora/{name}": tuple(o["tasks"]) for name, o in orders.items()} == {
-        name: info.stages for name, info in STREAMS.items()
+        name: info.stages for name, info in STREAMS.items() if name.startswith("olora/")
     }
 
 

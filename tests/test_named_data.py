@@ -273,6 +273,9 @@ def test_parts_of_a_name_choose_rows(folder):
     assert ids("texts/date=2001../lang=en") == [6, 9]
     assert ids("texts/lang=de:all[:50%]") == [1, 4] and ids("texts/lang=de:all[50%:]") == [7, 10]
     assert ids("texts:all[3:5]") == [3, 4]
+    own = Columns("text")
+    numbers = [r["id"] for r in iter_rows("texts/lang=de:all[2:]", schema="text", columns=own, data_dir=folder)]
+    assert numbers == ["all-7", "all-10"]  # a row has one number, however it is reached
     assert stage_name("texts/lang=de") == "texts-de" and stage_name("tfds:glue/sst2") == "sst2"
     assert stage_name("hf:a/b/date=2001..2002") == "b-2001..2002" and stage_name("x/own.jsonl.gz") == "own"
 
@@ -316,16 +319,30 @@ def test_other_refusals(folder, monkeypatch):
 
 
 def test_test_rows_are_never_training_rows(folder):
-    train, test = train_and_test("asked", "train", "test", data_dir=folder)
+    def parted(name: str, train: str, test: str, **kw):
+        (both,) = train_and_test({"stage": name}, train, test, data_dir=folder, **kw).values()
+        return both
+
+    train, test = parted("asked", "train", "test")
     assert not {r["id"] for r in train} & {r["id"] for r in test}
     pairs = (("train", "train"), ("train", "train[6:]"), ("train[:80%]", "train[50%:]"), ("test+train", "test"))
     for one, other in pairs:
-        with pytest.raises(RequestError, match=r"share rows of '\w+'; test rows may not be trained on"):
-            train_and_test("asked", one, other, data_dir=folder)
-    learned, held_out = train_and_test("texts/lang=de", "all[:75%]", "all[75%:]", schema="text", data_dir=folder)
+        with pytest.raises(RequestError, match=r"share rows of '\w+'; no test row may be trained on"):
+            parted("asked", one, other)
+    learned, held_out = parted("texts/lang=de", "all[:75%]", "all[75%:]", schema="text")
     assert [r["id"] for r in learned] == ["d1", "d4", "d7"] and [r["id"] for r in held_out] == ["d10"]
-    with pytest.raises(RequestError, match="the name has the split 'train'; train and test"):
-        train_and_test("asked:train", "train", "test", data_dir=folder)
+    with pytest.raises(RequestError, match="it has the split 'train'; train "):
+        parted("asked:train", "train", "test")
+    both = {"de": "texts/lang=de", "all": "texts"}
+    halves = train_and_test(both, "all[:50%]", "all[50%:]", schema="text", data_dir=folder)
+    assert len(list(halves["de"][0])) == 2
+    two = {"en": "texts/lang=en", "de": "texts/lang=de"}
+    apart = train_and_test(two, "all[:50%]", "all[50%:]", schema="text", data_dir=folder)
+    assert [r["id"] for rows, _ in apart.values() for r in rows] == ["d0", "d3", "d1", "d4"]
+    mixed = train_and_test({"late": "texts/date=2002..", "all": "texts"}, "all[50%:]", "all[:50%]", schema="text",
+                           data_dir=folder)  # fmt: skip
+    with pytest.raises(RequestError, match="stage 'all': row 'd8' of texts is a test row of stage 'late'"):
+        list(mixed["all"][0])
 
 
 def test_stages_and_evals_of_named_answers(folder, there):
@@ -336,6 +353,16 @@ def test_stages_and_evals_of_named_answers(folder, there):
     assert [(s.name, len(s.train), s.evals) for s in stages] == [("films", 12, ("films",))]
     assert [(e.id, e.metric, e.n) for e in evals] == [("films", "accuracy", 5)]
     assert all("train" in stages[0].train.record(i)["input"] for i in range(12))
+    with pytest.raises(RequestError, match=r"stage 'good': row 'train-\d+' of tfds:jaxcl_little is a test row of"):
+        answer_stages(
+            {"good": "tfds:jaxcl_little/mood=1", "any": "tfds:jaxcl_little"}, ByteTokenizer(), window=64, columns=own,
+            train="train[:50%]", test="train[50%:]",
+        )  # fmt: skip
+    parts = {"good": "tfds:jaxcl_little/mood=1", "bad": "tfds:jaxcl_little/mood=0"}
+    halves, _ = answer_stages(
+        parts, ByteTokenizer(), window=64, columns=own, train="train[:50%]", test="train[50%:]"
+    )
+    assert [len(s.train) for s in halves] == [5, 5]
     with pytest.raises(RequestError, match="two stages would be named 'asked'"):
         answer_stages(["asked", f"{folder}/asked"], ByteTokenizer(), window=64, data_dir=folder)
     with pytest.raises(RequestError, match="is one name; accepted: a list"):

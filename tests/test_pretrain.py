@@ -31,6 +31,11 @@ def data(tmp_path_factory) -> Path:
     return place
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.setenv("JAXCL_DATA", "")  # --data sets it for the process; this puts it back
+
+
 def run(data: Path, out: Path, *settings: str) -> int:
     asked = [part for s in (*SMALL, "data=first,second", *settings) for part in ("--set", s)]
     return main(["run", "pretrain", "--data", str(data), "--out", str(out), *asked])

@@ -10,19 +10,20 @@ from jaxcl.data.jsonl import check_row
 from jaxcl.errors import RequestError, unknown
 
 Row = dict[str, Any]
+Numbered = Iterator[tuple[int, Row]]
 
 
 class Table(NamedTuple):
     """An opened data set. name: as the user wrote it. splits: their names, () where they cannot be known.
     columns: their names. classes: {column of class numbers: names of the classes}. size(split) -> rows.
-    rows(split, start, stop) -> plain Python rows, one at a time. shaped: rows follow a schema already."""
+    rows(split, start, stop) -> (number in the split, plain Python row), one at a time. shaped: rows follow a schema."""
 
     name: str
     splits: Sequence[str]
     columns: Sequence[str]
     classes: Mapping[str, Sequence[str]]
     size: Callable[[str], int]
-    rows: Callable[[str, int, int | None], Iterator[Row]]
+    rows: Callable[[str, int, int | None], Numbered]
     shaped: bool = False
 
 

@@ -7,11 +7,10 @@ mapped Arrow files. Nothing is downloaded but by `prepare`, and no code that com
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxcl.data.columns import Table
+from jaxcl.data.columns import Numbered, Table
 from jaxcl.errors import RequestError, needs_extra, unknown
 
 
@@ -29,9 +28,9 @@ def open_table(name: str) -> Table:
             raise unknown("split", split, splits, where=f"hf:{name}")
         return splits[split]
 
-    def rows(split: str, start: int, stop: int | None) -> Iterator[dict[str, Any]]:
-        chosen = split_of(split)
-        return iter(chosen.select(range(start, len(chosen) if stop is None else stop)))
+    def rows(split: str, start: int, stop: int | None) -> Numbered:
+        whole = split_of(split)
+        return enumerate(whole.select(range(start, len(whole) if stop is None else stop)), start)
 
     return Table(f"hf:{name}", tuple(splits), tuple(features), classes, lambda s: len(split_of(s)), rows)
 

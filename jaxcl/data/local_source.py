@@ -5,11 +5,9 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from jaxcl.data.columns import Table
+from jaxcl.data.columns import Numbered, Table
 from jaxcl.data.jsonl import count_rows, iter_rows
 from jaxcl.errors import RequestError, nearest, unknown
 
@@ -29,8 +27,8 @@ def open_table(name: str, data_dir: str | Path | None, schema: str | None) -> Ta
             raise unknown("split", split, files, where=name)
         return files[split]
 
-    def rows(split: str, start: int, stop: int | None) -> Iterator[dict[str, Any]]:
-        return itertools.islice(iter_rows(file(split), schema), start, stop)
+    def rows(split: str, start: int, stop: int | None) -> Numbered:
+        return itertools.islice(enumerate(iter_rows(file(split), schema)), start, stop)
 
     return Table(name, sorted(files), (), {}, lambda split: count_rows(file(split)), rows, shaped=schema is not None)
 

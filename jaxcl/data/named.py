@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxcl.data import hf_source, local_source, tfds_source
-from jaxcl.data.columns import Columns, Row, Table, shape
+from jaxcl.data.columns import Columns, Numbered, Row, Table, shape
 from jaxcl.data.jsonl import REQUIRED
 from jaxcl.data.splits import Span, shared, spans
 from jaxcl.errors import RequestError, unknown
 
 _NAME = re.compile(r"(?:(tfds|hf):)?([^:\[\]]+)(?::([\d*]+\.[\d*]+\.[\d*]+))?(?::(.+))?")
+
+
+Place = tuple[str, int]
+"""Split and number of a row: the same however it is reached."""
 
 
 class Name(NamedTuple):
@@ -68,30 +72,52 @@ def iter_rows(
     column, data that is not here; while reading: a row that does not fit the schema.
     """
     table = _open(name, schema, columns, data_dir)
-    return _read(table, _spans(table, name, split), schema, columns)
+    return (row for _, row in _read(table, _spans(table, name, split), schema, columns))
 
 
 def train_and_test(
-    name: str,
+    data: Mapping[str, str],
     train: str,
     test: str,
     *,
     schema: str = "instruct",
     columns: Columns | None = None,
     data_dir: str | Path | None = None,
-) -> tuple[Iterator[Row], list[Row]]:
-    """(rows to train on, rows to test on) of one data set. RequestError where the two splits share a row, and as in
-    `load_rows`; ``name`` has no split of its own."""
-    if (own := parse(name).split) is not None:
-        raise RequestError(f"{name}: the name has the split {own!r}; train and test ({train!r}, {test!r}) say which")
-    table = _open(name, schema, columns, data_dir)
-    learned, held_out = _spans(table, name, train), _spans(table, name, test)
-    if base := shared(learned, held_out):
-        raise RequestError(f"{name}: {train!r} and {test!r} share rows of {base!r}; test rows may not be trained on")
-    tests = list(_read(table, held_out, schema, columns))
-    if not tests:
-        raise RequestError(f"{name}: no rows in {test!r}; an eval needs at least one")
-    return _read(table, learned, schema, columns), tests
+) -> dict[str, tuple[Iterator[Row], list[Row]]]:
+    """{stage: (rows to train on, rows to test on)} of the data sets {stage: name}; names have no split of their own.
+
+    RequestError: two splits that share a row; when it is read, a training row that another stage tests on (two stages
+    may choose from one data set); no test rows; and as in `load_rows`.
+    """
+    learned: dict[str, Iterator[Row]] = {}
+    tests: dict[str, list[Row]] = {}
+    owner: dict[tuple[str, Place], str] = {}
+    for stage, name in data.items():
+        if (own := parse(name).split) is not None:
+            raise RequestError(f"{name}: it has the split {own!r}; train ({train!r}) and test ({test!r}) say which")
+        table = _open(name, schema, columns, data_dir)
+        trained_on, held_out = _spans(table, name, train), _spans(table, name, test)
+        if base := shared(trained_on, held_out):
+            raise RequestError(f"{name}: {train!r} and {test!r} share rows of {base!r}; no test row may be trained on")
+        placed = list(_read(table, held_out, schema, columns))
+        if not placed:
+            raise RequestError(f"{name}: no rows in {test!r}; an eval needs at least one")
+        owner |= {(table.name, place): stage for place, _ in placed}
+        tests[stage] = [row for _, row in placed]
+        learned[stage] = _no_tests(_read(table, trained_on, schema, columns), table.name, stage, owner)
+    return {stage: (rows, tests[stage]) for stage, rows in learned.items()}
+
+
+def _no_tests(
+    rows: Iterator[tuple[Place, Row]], table: str, stage: str, owner: Mapping[tuple[str, Place], str]
+) -> Iterator[Row]:
+    for place, row in rows:
+        if (other := owner.get((table, place))) is not None:
+            raise RequestError(
+                f"stage {stage!r}: row {row['id']!r} of {table} is a test row of stage {other!r}; "
+                "choose rows or splits that have none in common"
+            )
+        yield row
 
 
 def parse(name: str) -> Name:
@@ -143,14 +169,16 @@ def _spans(table: Table, name: str, split: str | None) -> list[Span]:
     return spans(own or split or default, table.size, table.name)
 
 
-def _read(table: Table, where: list[Span], schema: str, columns: Columns | None) -> Iterator[Row]:
+def _read(
+    table: Table, where: list[Span], schema: str, columns: Columns | None
+) -> Iterator[tuple[Place, Row]]:
     shaped = None if table.shaped else shape(table, schema, columns)
     parts = [(span, table.rows(*span)) for span in where]  # a split that is not there is an error now, not later
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[tuple[Place, Row]]:
         for span, part in parts:
-            for number, row in enumerate(part, start=span.start):
-                yield row if shaped is None else shaped(row, span.base, number)
+            for number, row in part:
+                yield (span.base, number), row if shaped is None else shaped(row, span.base, number)
 
     return rows()
 
@@ -166,8 +194,8 @@ def _chosen(table: Table, name: Name) -> Table:
                 return False
         return True
 
-    def kept(split: str) -> Iterator[Row]:
-        return filter(keeps, table.rows(split, 0, None))
+    def kept(split: str) -> Numbered:
+        return (pair for pair in table.rows(split, 0, None) if keeps(pair[1]))
 
     return table._replace(
         size=lambda split: sum(1 for _ in kept(split)),

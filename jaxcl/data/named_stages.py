@@ -1,7 +1,7 @@
 """Stages and their evals from data by name: text for continual pre-training, questions with answers for fine-tuning.
 
 Each data set is one stage and teaches one eval of the same name. Stages read the training split, evals the test split;
-splits that share a row are refused.
+splits that share a row are refused, also between stages that choose from one data set.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def text_stages(
     from jaxcl.evaluate.nll import text_nll
 
     stages, evals = [], []
-    for stage, name in _named(data).items():
-        learned, held_out = train_and_test(name, train, test, schema="text", columns=columns, data_dir=data_dir)
+    parts = train_and_test(_named(data), train, test, schema="text", columns=columns, data_dir=data_dir)
+    for stage, (learned, held_out) in parts.items():
         source = text_source(stage, learned, tokenizer, window=window, blocks=blocks, separate=separate)
         stages.append(Stage(stage, source, (stage,)))
         tests = subsample(held_out, test_rows, seed)
@@ -84,8 +84,8 @@ def answer_stages(
     """
     learned: dict[str, list[Row]] = {}
     held_out: dict[str, list[Row]] = {}
-    for stage, name in _named(data).items():
-        trains, tests = train_and_test(name, train, test, columns=columns, data_dir=data_dir)
+    parts = train_and_test(_named(data), train, test, columns=columns, data_dir=data_dir)
+    for stage, (trains, tests) in parts.items():
         learned[stage], held_out[stage] = subsample(list(trains), rows, seed), subsample(tests, test_rows, seed)
     stages = instruct_stages(learned, tokenizer, window=window, template=template)
     evals = instruct_evals(held_out, tokenizer, window=window, template=template, batch_size=batch_size, by=by)

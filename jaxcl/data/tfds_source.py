@@ -9,11 +9,11 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcl.data.columns import Table
+from jaxcl.data.columns import Numbered, Table
 from jaxcl.errors import RequestError, nearest
 
 _REGISTERS = ("text", "question_answering", "summarization", "translate", "text_simplification")
@@ -36,10 +36,10 @@ def open_table(name: str, data_dir: str | Path | None = None) -> Table:
         except Exception as error:  # AssertionError, NotImplementedError, ValueError: as TFDS's version has it
             raise _refused(name, builder, error) from error
 
-    def rows(split: str, start: int, stop: int | None) -> Iterator[dict[str, Any]]:
+    def rows(split: str, start: int, stop: int | None) -> Numbered:
         found = source(split)
         numbers = range(start, len(found) if stop is None else stop)
-        return ({column: _plain(value) for column, value in found[i].items()} for i in numbers)
+        return ((i, {column: _plain(value) for column, value in found[i].items()}) for i in numbers)
 
     base = name.partition(":")[0]
     return Table(f"tfds:{base}", tuple(builder.info.splits), tuple(features), classes, lambda s: len(source(s)), rows)
