@@ -28,7 +28,7 @@ from jaxcl.models import fetch
 from jaxcl.models.decoder import apply, decoder, head
 from jaxcl.models.export import export, folder_at
 from jaxcl.models.export_hf import merged, write_hf
-from jaxcl.models.export_peft import write_peft
+from jaxcl.models.export_peft import base_name, write_peft
 from jaxcl.models.export_tokenizer import write_tokenizer
 from jaxcl.models.spec import tiny
 from jaxcl.models.stacking import restack
@@ -164,6 +164,20 @@ def test_sites_of_a_few_layers_and_of_other_ranks_are_named_in_full(tmp_path):
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "abc")
 
 
+def test_what_the_base_of_an_adapter_is_called():
+    repo, revision = fetch.MODELS["smollm2-135m-instruct"].hub.split("@")
+    for model, expected in (
+        ("smollm2-135m-instruct", (repo, revision)),
+        ("gemma3-270m", ("gemma3-270m", None)),  # known to us from a wheel alone
+        ("owner/name@abc", ("owner/name", "abc")),
+        ("owner/name", ("owner/name", None)),
+        ("/some/where@home/model", ("/some/where@home/model", None)),
+        ("model.gguf", ("model.gguf", None)),
+        (None, (None, None)),
+    ):
+        assert base_name({} if model is None else {"model": model}) == expected
+
+
 def test_stacking_changes_no_byte_of_an_export(banked, tmp_path):
     spec, words = banked.loop.now.world.spec, banked.loop.exp.tokenizer
     base = support.to_numpy(banked.loop.exp.params)
@@ -257,7 +271,7 @@ def test_a_grown_model_has_the_layers_of_its_journal(room, base, quick):
     before = support.to_numpy(done.loop.exp.params)
     assert np.array_equal(params["layers/2/attn/q/kernel"], before["layers/1/attn/q/kernel"])
     assert np.abs(params["layers/3/mlp/down/kernel"]).max() > 0
-    with pytest.raises(RequestError, match="in this run .*, which an adapter cannot hold; accepted: --format hf"):
+    with pytest.raises(RequestError, match=r"in this run .*, which an adapter cannot hold; accepted: --format hf"):
         export(str(done.out), "peft", str(room / "grown-peft"))
     assert not (room / "grown-peft").exists()
 

@@ -146,7 +146,7 @@ def plain(value: float) -> float | int:
 def base_name(source: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """(what PEFT calls the base, its revision): the repository of a registered model or hub id, else the path."""
     name = source.get("model")
-    name = MODELS[name].hub or name if name in MODELS else name
+    name = (MODELS[name].hub or name) if name in MODELS else name
     if name is None or not is_hub_id(name):
         return name, None
     repo, _, revision = name.partition("@")
