@@ -98,6 +98,7 @@ def build(cfg: Config, weights: tuple[Params, str] | None = None) -> Experiment:
         seed=cfg.seed,
         save_every=0,
         keep=1,
+        tokenizer=pretrain.TOKENIZER,
     )
 
 
