@@ -39,7 +39,8 @@ def test_help_and_errors_do_not_import_jax():
         "from jaxcl.cli import main\n"
         f"codes = {{main([c, '--help']) for c in {COMMANDS!r}}}\n"
         "codes |= {main(['--help']), main([]), main(['--version'])}\n"
-        "bad = ('lst', 'list methds', 'run', 'score none.json', 'run nowhere', 'report none --out x')\n"
+        "bad = ('lst', 'list methds', 'run', 'score none.json', 'run nowhere', 'report none --out x',\n"
+        "       'export none --format hf --out x')\n"
         "errors = {main(a.split()) for a in bad}\n"
         "heavy = [m for m in ('jax', 'jaxlib', 'flax', 'optax', 'orbax', 'grain') if m in sys.modules]\n"
         "print('RESULT', codes, errors, heavy)\n"
@@ -72,6 +73,8 @@ def test_every_help_has_an_example(command, capsys):
         ("fetch smolm2-135m-instruct", "did you mean 'smollm2-135m-instruct'?"),
         ("report absent-run --out o", "absent-run"),
         ("run olora_ordr1", "unknown experiment 'olora_ordr1'"),
+        ("export absent-run --format hf --out o", "no run at 'absent-run'"),
+        ("export . --format pft --out o", "unknown format 'pft' in --format; did you mean 'peft'?"),
     ],
 )
 def test_bad_requests_say_one_line_and_exit_2(line, expected, capsys, tmp_path, monkeypatch):
