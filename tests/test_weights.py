@@ -443,7 +443,7 @@ def test_bpe_from_gguf_splits_digits_and_merges(tmp_path):
     with pytest.raises(RequestError, match="no chat template"):
         again.chat([])
     for change, says in (
-        ({"pre": "qwen2"}, "'qwen2'"),
+        ({"pre": "tekken"}, "'tekken'"),
         ({"merges": ["a q"]}, "merges"),
         ({"tokens": 3}, "tokens"),
         ({"eos_token_id": 500}, "eos_token_id is 500"),

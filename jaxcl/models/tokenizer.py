@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RequestError
-from . import spm
+from . import byte_bpe, spm
 from .safetensors_file import read_json
 
 Message = Mapping[str, str]
-
-# llama.cpp's names of pre-tokenizers we can build, and whether each splits digits one by one.
-PRE = {"smollm": True, "gpt-2": False}
 
 
 class Tokenizer(Protocol):
@@ -88,15 +85,18 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> BPETokenizer:
     tokens, model = _strings(fields, "tokens", where), fields.get("tokenizer.ggml.model")
     eos = _id(fields, "eos", len(tokens), where)
     kinds = _numbers(fields, "token_type", len(tokens), where, [1] * len(tokens))
+    pre = str(fields.get("tokenizer.ggml.pre"))
+    if model not in ("llama", "gpt2") or (model == "gpt2" and pre not in byte_bpe.PRE):
+        accepted = f"'llama', or 'gpt2' with {', '.join(byte_bpe.PRE)}"
+        raise RequestError(f"{where}: tokenizer {model!r} with {pre!r}; accepted: {accepted}")
+    prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    merges = _strings(fields, "merges", where) if model == "gpt2" else []
+    scores = _numbers(fields, "scores", len(tokens), where) if model == "llama" else []
     try:
-        if model == "llama":
-            scores = _numbers(fields, "scores", len(tokens), where)
-            prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
-            backend = spm.backend(tokens, scores, kinds, prefix=prefix)
+        if model == "gpt2":
+            backend = byte_bpe.backend(tokens, merges, kinds, byte_bpe.PRE[pre])
         else:
-            backend = _byte_level(fields, tokens, kinds, where)
-    except RequestError:
-        raise
+            backend = spm.backend(tokens, scores, kinds, prefix=prefix)
     except Exception as error:  # the Rust side raises plain Exception
         raise RequestError(f"{where}: the tokenizer's merges do not fit its vocabulary: {error}") from None
     bos = fields.get("tokenizer.ggml.bos_token_id")
@@ -108,26 +108,6 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> BPETokenizer:
         bos=tokens[bos] if isinstance(bos, int) and bos < len(tokens) else "",
         eos=tokens[eos],
     )
-
-
-def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int], where: str) -> Any:
-    """GPT-2's BPE over bytes, with the pre-tokenizer that the file names."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    model, pre = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if model != "gpt2" or pre not in PRE:
-        accepted = f"'llama', or 'gpt2' with {', '.join(PRE)}"
-        raise RequestError(f"{where}: tokenizer {model!r} with {pre!r}; accepted: {accepted}")
-    pairs = [(left, right) for left, right in (merge.split(" ") for merge in _strings(fields, "merges", where))]
-    backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
-    split: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if PRE[pre] else []
-    split.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(split)
-    backend.decoder = decoders.ByteLevel()
-    for kind, add in ((spm.CONTROL, backend.add_special_tokens), (spm.USER, backend.add_tokens)):
-        add([AddedToken(t, normalized=False, special=kind == spm.CONTROL) for t, k in zip(tokens, kinds) if k == kind])
-    return backend
 
 
 def from_folder(folder: Path) -> BPETokenizer:
