@@ -170,7 +170,8 @@ class DecoderSpec:
             elif last >= layer and run.repeats > 1:
                 raise RequestError(f"layer {layer} is in a stack of layers; restack so that it stands alone")
             elif last >= layer:
-                left.append(Run(run.kinds[layer - first :], 1, *(part[layer - first :] for part in run[2:])))
+                rest = slice(layer - first, None)
+                left.append(Run(run.kinds[rest], 1, run.prefixes[rest], run.layers[rest]))
         return tuple(left)
 
     @property
