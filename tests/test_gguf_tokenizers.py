@@ -7,10 +7,13 @@ import re
 import numpy as np
 import pytest
 
+from jaxcl.data.blocks import tokenized
+from jaxcl.data.encode import begun
 from jaxcl.errors import RequestError
+from jaxcl.evaluate.nll import text_nll
 from jaxcl.models import spm
 from jaxcl.models.byte_bpe import PRE
-from jaxcl.models.tokenizer import from_gguf
+from jaxcl.models.tokenizer import ByteTokenizer, from_gguf
 
 SPACE = spm.SPACE
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -144,3 +147,18 @@ def test_qwen_2_beside_transformers():
     ours = from_gguf({f"tokenizer.ggml.{k}": v for k, v in fields.items()}, "x")
     for text in ("I'll pay 12345€!\n\n  OK'S", "e\u0301 🙂\t\r\nx", "   y", "Привет, 你好"):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_what_every_sequence_begins_with():
+    """Where the file says that bos is added, prompts, documents and windows of text start with it, and only once."""
+    fields = spm_fields({"a": -1.0, SPACE: -2.0})
+    tokenizer = from_gguf(fields, "x")
+    a = tokenizer.encode("a")[0]
+    assert tokenizer.start == (1,) and tokenizer.encode("aa") == [a, a]
+    assert begun(tokenizer, "a") == [1, a] == begun(tokenizer, "<s>a")
+    ids, ends = tokenized(["a", "aa"], tokenizer)
+    assert ids.tolist() == [1, a, 2, 1, a, a, 2] and ends.tolist() == [3, 7]
+    (_, example), *_ = text_nll("t", [{"id": "0", "text": "aa"}], tokenizer, window=4).run.windows
+    assert example["tokens"].tolist()[:3] == [1, a, a] and example["weight"].tolist() == [0, 1, 1, 0]
+    without = from_gguf(fields | {"tokenizer.ggml.add_bos_token": False}, "x")
+    assert without.start == () and begun(without, "a") == [a] and ByteTokenizer().start == ()

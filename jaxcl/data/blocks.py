@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcl.data.encode import Example, encode_text
+from jaxcl.data.encode import Example, begun, encode_text
 from jaxcl.errors import RequestError, RunFailed
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def tokenized(documents: Documents, tokenizer: Tokenizer, *, most: int | None = 
     with tempfile.TemporaryFile() as file:
         for document in documents:
             text = document if isinstance(document, str) else document["text"]
-            total += _append(file, [*tokenizer.encode(text), tokenizer.eos_id])
+            total += _append(file, [*begun(tokenizer, text), tokenizer.eos_id])
             ends.append(total)
             if most is not None and total >= most:
                 break

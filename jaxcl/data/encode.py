@@ -64,13 +64,20 @@ def target_ids(row: dict[str, Any], template: Template, tokenizer: Tokenizer) ->
     return [*tokenizer.encode(template.target(row["target"])), tokenizer.eos_id]
 
 
+def begun(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a sequence that begins with ``text``: after what the model's sequences start with, unless the text (of a
+    chat template) has it already."""
+    ids, start = tokenizer.encode(text), list(getattr(tokenizer, "start", ()))
+    return ids if ids[: len(start)] == start else [*start, *ids]
+
+
 def fit_prompt(row: dict[str, Any], template: Template, tokenizer: Tokenizer, room: int) -> list[int]:
     """Ids of the row's prompt in at most ``room`` tokens.
 
     Only the end of the input is cut off: instruction, options and ``Answer:`` stay, and the result is always
     the encoding of a text. RequestError where they alone need more than ``room``.
     """
-    ids = tokenizer.encode(template.prompt(row, tokenizer))
+    ids = begun(tokenizer, template.prompt(row, tokenizer))
     text = row["input"]
     kept = tokenizer.encode(text)
     while len(ids) > room:
@@ -82,7 +89,7 @@ def fit_prompt(row: dict[str, Any], template: Template, tokenizer: Tokenizer, ro
         kept = kept[: max(len(kept) - (len(ids) - room), 0)]
         # a cut inside a character decodes to a replacement mark: keep what is really a beginning of the input
         text = _common_start(row["input"], tokenizer.decode(kept))
-        ids = tokenizer.encode(template.prompt(row, tokenizer, text))
+        ids = begun(tokenizer, template.prompt(row, tokenizer, text))
     return ids
 
 

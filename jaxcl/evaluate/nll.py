@@ -100,10 +100,12 @@ class _Text:
     @functools.cached_property
     def windows(self) -> list[tuple[int, dict[str, Any]]]:
         """(document, example) of every window."""
+        words = self.tokenizer
+        start = (getattr(words, "start", ()) or (words.eos_id,))[-1]
         return [
-            (i, encode_text(part, self.window, pad=self.tokenizer.pad_id, row=i))
+            (i, encode_text(part, self.window, pad=words.pad_id, row=i))
             for i, row in enumerate(self.rows)
-            for part in window_ids(self.tokenizer.encode(row["text"]), self.tokenizer.eos_id, self.window)
+            for part in window_ids(words.encode(row["text"]), start, self.window)
         ]
 
     def __call__(self, view: Any, progress: Progress) -> list[Item]:

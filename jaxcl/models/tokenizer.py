@@ -14,9 +14,12 @@ Message = Mapping[str, str]
 
 
 class Tokenizer(Protocol):
-    """encode does not add bos or eos; decode leaves special tokens out. chat: the messages ({'role', 'content'})
-    in the model's own template, ready for the assistant's answer; RequestError where it has none."""
+    """encode does not add bos or eos; decode leaves special tokens out. start: what every sequence of the model begins
+    with, Gemma's bos for one; most have nothing. chat: the messages ({'role', 'content'}) in the model's own template,
+    ready for the assistant's answer; RequestError where it has none."""
 
+    @property
+    def start(self) -> tuple[int, ...]: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -32,6 +35,7 @@ class ByteTokenizer:
     """UTF-8 bytes 0..255, then bos, eos, pad. Bytes that are no UTF-8 decode to U+FFFD."""
 
     vocab_size, bos_id, eos_id, pad_id = 259, 256, 257, 258
+    start: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -52,6 +56,8 @@ class BPETokenizer:
         self.backend, self.eos_id, self.pad_id = backend, eos_id, pad_id
         self.template = template if isinstance(template, str) else None
         self.names = {"bos_token": bos, "eos_token": eos}
+        added = backend.encode("", add_special_tokens=True).ids
+        self.start: tuple[int, ...] = tuple(added[:1]) if bos and added[:1] == [backend.token_to_id(bos)] else ()
 
     @property
     def vocab_size(self) -> int:
@@ -82,6 +88,8 @@ class BPETokenizer:
 def from_gguf(fields: Mapping[str, Any], where: str) -> BPETokenizer:
     """The tokenizer of a GGUF file's metadata: byte-level BPE ('gpt2') or SentencePiece's BPE ('llama'). Raises
     RequestError where it is of another kind or broken."""
+    from tokenizers.processors import TemplateProcessing
+
     tokens, model = _strings(fields, "tokens", where), fields.get("tokenizer.ggml.model")
     eos = _id(fields, "eos", len(tokens), where)
     kinds = _numbers(fields, "token_type", len(tokens), where, [1] * len(tokens))
@@ -92,20 +100,24 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> BPETokenizer:
     prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
     merges = _strings(fields, "merges", where) if model == "gpt2" else []
     scores = _numbers(fields, "scores", len(tokens), where) if model == "llama" else []
+    bos = fields.get("tokenizer.ggml.bos_token_id")
+    first = tokens[bos] if isinstance(bos, int) and 0 <= bos < len(tokens) else ""
+    adds = fields.get("tokenizer.ggml.add_bos_token", model == "llama" or pre == "llama-bpe")
     try:
         if model == "gpt2":
             backend = byte_bpe.backend(tokens, merges, kinds, byte_bpe.PRE[pre])
         else:
             backend = spm.backend(tokens, scores, kinds, prefix=prefix)
+        if first and adds:
+            backend.post_processor = TemplateProcessing(single=[first, "$A"], special_tokens=[(first, bos)])
     except Exception as error:  # the Rust side raises plain Exception
         raise RequestError(f"{where}: the tokenizer's merges do not fit its vocabulary: {error}") from None
-    bos = fields.get("tokenizer.ggml.bos_token_id")
     return BPETokenizer(
         backend,
         eos_id=eos,
         pad_id=_id(fields, "padding", len(tokens), where, eos),
         template=fields.get("tokenizer.chat_template"),
-        bos=tokens[bos] if isinstance(bos, int) and bos < len(tokens) else "",
+        bos=first,
         eos=tokens[eos],
     )
 
