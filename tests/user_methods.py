@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,11 +24,15 @@ MEETS = ("ewc", "agem", "olora")
 
 
 def load(file: Path) -> ModuleType:
-    """The file as a module of its own."""
+    """The file as a module of its own, as if it was run: what lies beside it can be imported."""
     spec = importlib.util.spec_from_file_location(f"user_{file.stem}", file)
     assert spec is not None and spec.loader is not None, file
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(file.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from unicode_names import held_out, show, stages
 
-from jaxcl import Budget, Experiment, Method, Phase, Stage, Stream, World, decoder, finetune, method, train
+from jaxcl import Budget, Experiment, Method, Phase, Stream, World, decoder, finetune, method, train
 from jaxcl.core.progress import Reporter
-from jaxcl.data.stage import text_source
-from jaxcl.evaluate.nll import text_nll
 from jaxcl.methods import memory
 from jaxcl.metrics.matrix_file import read_matrix
 from jaxcl.models.spec import tiny
-from jaxcl.models.tokenizer import ByteTokenizer
 from jaxcl.transforms.projections import agem as without
 
 
@@ -63,34 +60,19 @@ def pcgrad(capacity: int = 256, seed: int = 0, name: str = "pcgrad") -> Method:
 ROWS = {"pcgrad": lambda: pcgrad(capacity=8)}
 NOTHING = {"pcgrad": lambda: pcgrad(capacity=0)}
 
-SCRIPTS = {"cyrillic": range(0x400, 0x500), "ethiopic": range(0x1200, 0x1380), "braille": range(0x2800, 0x2900)}
-
-
-def experiment(methods: list[Method]) -> Experiment:
-    """Three stages: the names of the characters of three scripts, every eighth held out. Scores are nats a byte."""
-    model, words = decoder(tiny(layers=1)), ByteTokenizer()
-    stages, evals = [], []
-    for script, codes in SCRIPTS.items():
-        names = [n for n in (unicodedata.name(chr(c), "") for c in codes) if n]
-        known, held_out = [n for i, n in enumerate(names) if i % 8], names[::8]
-        stages.append(Stage(script, text_source(script, known, words, window=48), (script,)))
-        evals.append(text_nll(script, [{"id": n, "text": n} for n in held_out], words, window=48))
-    return Experiment(
-        model=model, params=model.init(model.spec, jax.random.key(0)), stages=stages, evals=evals, methods=methods,
-        tx=optax.adam(3e-3), batch_size=16, epochs=5, save_every=0,
-    )  # fmt: skip
-
 
 def main() -> dict[str, np.ndarray]:
     """{run: losses f64[stages, evals] after each stage}; prints them."""
-    found = {}
+    found, model = {}, decoder(tiny(layers=1))
     for m in (finetune(), pcgrad()):
+        exp = Experiment(
+            model=model, params=model.init(model.spec, jax.random.key(0)), stages=stages(range(1, 8)),
+            evals=held_out([0]), methods=[m], tx=optax.adam(3e-3), batch_size=16, epochs=5, save_every=0,
+        )  # fmt: skip
         with tempfile.TemporaryDirectory() as out:
-            train(experiment([m]), Path(out), reporter=Reporter(quiet=True))
+            train(exp, Path(out), reporter=Reporter(quiet=True))
             found[m.name] = read_matrix(Path(out)).rows
-        print(f"{m.name:16}" + "".join(f"{script:>10}" for script in SCRIPTS))
-        for script, row in zip(SCRIPTS, found[m.name]):
-            print(f"after {script:10}" + "".join(f"{x:10.2f}" for x in row))
+        show(m.name, found[m.name])
     return found
 
 

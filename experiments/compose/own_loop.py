@@ -6,33 +6,29 @@ is carried from one stage to the next. Here: EWC and replay on three stages that
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from unicode_names import held_out, show, stages
 
-from jaxcl import Clock, Experiment, Fixed, Phase, Stage, State, decoder, ewc, make_step, replay
+from jaxcl import Clock, Experiment, Fixed, Phase, State, decoder, ewc, make_step, replay
 from jaxcl.core import compose
 from jaxcl.core.between import Between
 from jaxcl.core.feed import Feed, lengths
 from jaxcl.core.paths import merge, split
 from jaxcl.core.view import View
-from jaxcl.data.pipeline import batches, phase_steps, pipeline
-from jaxcl.data.stage import text_source
-from jaxcl.evaluate.base import score
-from jaxcl.evaluate.nll import text_nll
+from jaxcl.data.pipeline import phase_steps, pipeline
+from jaxcl.evaluate.base import Eval, score
 from jaxcl.models.spec import tiny
-from jaxcl.models.tokenizer import ByteTokenizer
 
 
 class Early(NamedTuple):
-    """checks: held-out rows for each stage, measured every ``every`` steps; ``patience`` measurements without a new
-    lowest loss end the phase."""
+    """checks: a loss on held-out rows for each stage, measured every ``every`` steps; ``patience`` measurements
+    without a new lowest end the phase."""
 
-    checks: list[Any]
+    checks: list[Eval]
     every: int = 10
     patience: int = 3
 
@@ -62,7 +58,7 @@ class Run:
             now.end()
             clock = Clock.at(sum(n for n, _ in self.steps), i, j)
             self.view.at(now.world.spec, now.world.params, now.device("fixed"), now.device("live"), clock)
-            self.rows.append([score(e.run(self.view, lambda at, of: None)) for e in self.exp.evals])
+            self.rows.append([self.measure(e) for e in self.exp.evals])
         return self
 
     def phase(self, i: int, j: int, phase: Phase) -> None:
@@ -88,7 +84,7 @@ class Run:
             n += 1
             if self.early and (n % self.early.every == 0 or n == most):  # from here: what is changed
                 self.view.at(spec, merge(frozen, state.train), fixed.own, state.live, state.clock)
-                curve.append(self.held_out(self.early.checks[i]))
+                curve.append(self.measure(self.early.checks[i]))
                 best = state if curve[-1] == min(curve) else best
                 if len(curve) - 1 - int(np.argmin(curve)) >= self.early.patience:
                     break
@@ -108,45 +104,21 @@ class Run:
             self.compiled[key] = jax.jit(made)
         return self.compiled[key]
 
-    def held_out(self, source: Any) -> float:
-        """Nats a token, through the methods' wraps."""
-        parts = [self.view.call(total, batch) for batch in batches(source, None, self.exp.batch_size)]
-        loss, weight = np.sum(np.array(parts, np.float64), axis=0)
-        return float(loss / weight)
-
-
-def total(apply: Any, head: Any, spec: Any, params: Any, batch: Any) -> jax.Array:
-    """f32[2]: the weighted nll of a batch and its weight."""
-    nll = apply(spec, params, batch).nll
-    return jnp.stack([jnp.sum(batch["weight"] * nll), jnp.sum(batch["weight"])])
-
-
-SCRIPTS = {"cyrillic": range(0x400, 0x500), "ethiopic": range(0x1200, 0x1380), "braille": range(0x2800, 0x2900)}
-
-
-def experiment(model: Any, epochs: float) -> tuple[Experiment, Early]:
-    """Names of the characters of three scripts: of eight one is a test, one a check, two train."""
-    words, stages, evals, checks = ByteTokenizer(), [], [], []
-    for script, codes in SCRIPTS.items():
-        names = [n for n in (unicodedata.name(chr(c), "") for c in codes) if n]
-        stages.append(Stage(script, text_source(script, names[2::8] + names[6::8], words, window=48), (script,)))
-        checks.append(text_source(script, names[4::8], words, window=48))
-        evals.append(text_nll(script, [{"id": n, "text": n} for n in names[::8]], words, window=48))
-    return Experiment(
-        model=model, params=model.init(model.spec, jax.random.key(0)), stages=stages, evals=evals,
-        methods=[ewc(strength=0.3, rows=None), replay(ratio=0.5)], tx=optax.adam(1e-2), batch_size=16, epochs=epochs,
-    ), Early(checks)  # fmt: skip
+    def measure(self, e: Eval) -> float:
+        return score(e.run(self.view, lambda done, total: None))
 
 
 def main() -> dict[str, Run]:
-    """{run: what it left}; prints its scores, nats a byte of the test names."""
-    exp, early = experiment(decoder(tiny(layers=1)), epochs=40)
-    done = {"all steps": Run(exp).run(), "early stop": Run(exp, early).run()}
-    for label, run in done.items():
-        print(f"{label:18}" + "".join(f"{script:>10}" for script in SCRIPTS) + f"{'steps':>12}")
-        for script, row, (n, most) in zip(SCRIPTS, run.rows, run.steps):
-            print(f"  after {script:10}" + "".join(f"{x:10.2f}" for x in row) + f"{n:7} of {most}")
-    return done
+    """{run: what it left}; prints its losses. Of eight names one is a test, one a check, two train."""
+    model = decoder(tiny(layers=1))
+    exp = Experiment(
+        model=model, params=model.init(model.spec, jax.random.key(0)), stages=stages([2, 6]), evals=held_out([0]),
+        methods=[ewc(strength=0.3, rows=None), replay(ratio=0.5)], tx=optax.adam(1e-2), batch_size=16, epochs=40,
+    )  # fmt: skip
+    found = {"all steps": Run(exp).run(), "early stop": Run(exp, Early(held_out([4]))).run()}
+    for name, run in found.items():
+        show(name, run.rows, [f"{n:6} of {most} steps" for n, most in run.steps])
+    return found
 
 
 if __name__ == "__main__":

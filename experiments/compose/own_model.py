@@ -7,7 +7,6 @@ they do for jaxcl's decoder. The trained weights go back into the module, which 
 from __future__ import annotations
 
 import tempfile
-import unicodedata
 from pathlib import Path
 
 import jax
@@ -15,16 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from unicode_names import WINDOW, held_out, show, stages
 
-from jaxcl import Experiment, Method, Stage, ewc, finetune, from_flax, into_flax, replay, train
+from jaxcl import Experiment, ewc, finetune, from_flax, into_flax, replay, train
 from jaxcl.core.progress import Reporter
-from jaxcl.data.stage import text_source
-from jaxcl.evaluate.nll import text_nll
 from jaxcl.metrics.matrix_file import read_matrix
-from jaxcl.models.tokenizer import ByteTokenizer
 
-WINDOW, WIDTH, WORDS = 48, 64, ByteTokenizer()
-SCRIPTS = {"cyrillic": range(0x400, 0x500), "ethiopic": range(0x1200, 0x1380), "braille": range(0x2800, 0x2900)}
+WIDTH = 64
 
 
 class Mixer(nnx.Module):
@@ -46,33 +42,21 @@ class Mixer(nnx.Module):
         return self.embed.attend(x)
 
 
-def experiment(module: Mixer, methods: list[Method]) -> Experiment:
-    """Three stages: the names of the characters of three scripts, every eighth held out. Scores are nats a byte."""
-    model, params = from_flax(module, logits=lambda mixer, batch: mixer(batch["tokens"]))
-    stages, evals = [], []
-    for script, codes in SCRIPTS.items():
-        names = [n for n in (unicodedata.name(chr(c), "") for c in codes) if n]
-        known, held_out = [n for i, n in enumerate(names) if i % 8], names[::8]
-        stages.append(Stage(script, text_source(script, known, WORDS, window=WINDOW), (script,)))
-        evals.append(text_nll(script, [{"id": n, "text": n} for n in held_out], WORDS, window=WINDOW))
-    return Experiment(
-        model=model, params=params, stages=stages, evals=evals, methods=methods, tx=optax.adam(3e-3), batch_size=16,
-        epochs=6, save_every=0,
-    )  # fmt: skip
-
-
 def main() -> dict[str, tuple[Mixer, np.ndarray]]:
     """{run: (the trained module, losses f64[stages, evals] after each stage)}; prints the losses."""
     found = {}
     for name, methods in {"finetune": [finetune()], "ewc + replay": [ewc(strength=0.3), replay(ratio=0.25)]}.items():
         module = Mixer(nnx.Rngs(0))
+        model, params = from_flax(module, logits=lambda mixer, batch: mixer(batch["tokens"]))
+        exp = Experiment(
+            model=model, params=params, stages=stages(range(1, 8)), evals=held_out([0]), methods=methods,
+            tx=optax.adam(3e-3), batch_size=16, epochs=6, save_every=0,
+        )  # fmt: skip
         with tempfile.TemporaryDirectory() as out:
-            loop = train(experiment(module, methods), Path(out), reporter=Reporter(quiet=True))
+            loop = train(exp, Path(out), reporter=Reporter(quiet=True))
             losses = read_matrix(Path(out)).rows
         found[name] = (into_flax(module, loop.now.world.params), losses)
-        print(f"{name:16}" + "".join(f"{script:>10}" for script in SCRIPTS))
-        for script, row in zip(SCRIPTS, losses):
-            print(f"after {script:10}" + "".join(f"{x:10.2f}" for x in row))
+        show(name, losses)
     return found
 
 
