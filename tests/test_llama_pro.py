@@ -123,8 +123,8 @@ def test_frozen_weight_gradients_are_not_computed():
     ).count("dot_general")
     forward = str(jax.make_jaxpr(lambda p: MODEL.apply(new.spec, p, batch_of()).nll)(new.params)).count("dot_general")
     born, everything = split(new.params, new.edits[0].born), split(new.params, new.params)
-    # Below the copy is no backward at all. Left: the head's, 7 kernels' own and their inputs' (the norms train), and two
-    # for each of attention's two products.
+    # Below the copy is no backward at all. Left: the head's, 7 kernels' own and their inputs' (the norms train), and
+    # two for each of attention's two products.
     assert count(*born) - forward == 1 + 7 + 7 + 4 and count(*everything) > count(*born) + 4 * 7
 
 

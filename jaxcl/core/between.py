@@ -49,7 +49,8 @@ class Between:
         for part in (self.world.stage, 1_000_003 + slot, n):
             key = jax.random.fold_in(key, part)
         world = self.world._replace(key=key)
-        return world._replace(tools=self.toolbox.tools(world, self.owns, self.check))
+        m = self.methods[n] if n < len(self.methods) else None
+        return world._replace(tools=self.toolbox.tools(world, self.owns, self.check, m))
 
     def begin(self, stage: int) -> None:
         """`begin` of all in list order, the votes, `init` of those without memory.
@@ -105,7 +106,7 @@ class Between:
         owns = {k: {**own, "live": state.live.get(k, {})} for k, own in self.owns.items()}
         key = jax.random.fold_in(step_key(self.exp.seed, state.clock), 2)
         world = self.world._replace(params=merge(frozen, state.train), key=key)
-        world = world._replace(tools=self.toolbox.tools(world, owns, self.check))
+        world = world._replace(tools=self.toolbox.tools(world, owns, self.check, m))
         rollout, own = m.collect(world, owns[m.name], batch, key)
         live = self.placement.put(own["live"], copy=True)
         return dataclasses.replace(state, live={**state.live, **({m.name: live} if live else {})}), self.batch(rollout)

@@ -70,21 +70,21 @@ def fold_plans(methods: Sequence[Method], world: World, owns: Mapping[str, Own],
     for m in methods:
         if m.plan is None:
             continue
-        before = {p.name: p for p in phases}
+        objectives, afters = [weighted_nll, *(p.objective for p in phases)], [None, *(p.after for p in phases)]
+        read = [s.rows for p in phases for s in p.streams]
         phases = m.plan(world, owns[m.name], list(phases))
         added: list[Stream] = []
         for p in phases:
-            old = before.get(p.name)
-            if p.objective is not (old.objective if old else weighted_nll):
+            if p.objective not in objectives:
                 if p.name in setter:
                     raise RequestError(
                         f"methods {setter[p.name]!r} and {m.name!r} both set the objective of phase {p.name!r}; "
                         "a phase has one"
                     )
                 setter[p.name] = m.name
-            added += [s for s in p.streams if old is None or not any(s is t for t in old.streams)]
+            added += [s for s in p.streams if not any(s.rows is rows for rows in read)]
         check_keeps(m, added, world.stage)
-        phases = [dataclasses.replace(p, by=m.name) if p.after and p.name not in before else p for p in phases]
+        phases = [dataclasses.replace(p, by=m.name) if p.after not in afters else p for p in phases]
     for p in phases:
         check_collect(methods, p)
     if not phases:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcl.core import compose
 from jaxcl.core.paths import merge, split
-from jaxcl.core.types import Batch, Clock, Method, Model, Outputs, Params, Tools, World
+from jaxcl.core.types import Batch, Clock, Method, Model, Outputs, Params, Stream, Tools, World
 from jaxcl.data.pipeline import batches as rows_once
 from jaxcl.errors import RequestError
 from jaxcl.models.generate import generate
@@ -44,8 +44,10 @@ class Toolbox:
         self.batch_size, self.place = batch_size, place
         self._asked: dict[Any, Callable] = {}
 
-    def tools(self, world: World | None, owns: dict[str, Any], stop: Callable[[], None] = lambda: None) -> Tools:
-        """The tools as of ``world``; ``stop`` is called between batches and may raise."""
+    def tools(
+        self, world: World | None, owns: dict, stop: Callable[[], None] = lambda: None, method: Method | None = None
+    ) -> Tools:
+        """The tools as of ``world``, for one method; ``stop`` is called between batches and may raise."""
 
         def batches(stage: int, n: int | None = None) -> Iterator[Batch]:
             self._check(world, stage)
@@ -64,6 +66,13 @@ class Toolbox:
             assert world is not None
             return self._each_of(fn, world, owns, n, key, stop)
 
+        def kept(stage: int, rows: Sequence[int]) -> Iterator[Batch]:
+            assert world is not None and method is not None
+            compose.check_keeps(method, [Stream(stage, np.asarray(rows, np.int64))], world.stage)
+            for batch in rows_once(self.sources[stage], rows, self.batch_size):
+                stop()
+                yield batch
+
         def call(fn: Callable, batch: Batch, key: jax.Array) -> Any:
             assert world is not None
             return self._ask(fn, world, owns, batch, key, how="whole")
@@ -72,6 +81,7 @@ class Toolbox:
             batches=batches,
             mean=mean,
             each=each,
+            kept=kept,
             call=call,
             size=lambda stage: len(self.sources[stage]),
             labels=lambda stage: self._labels(world, stage),

@@ -175,7 +175,8 @@ class Phase:
 
 
 class Tools(NamedTuple):
-    """What host code of a method may use between phases. All of it reads *training* rows only.
+    """What host code of a method may use between phases. All of it reads *training* rows only, and but for `kept`
+    those of the present stage.
 
     batches(stage, n) -> iterator of batches over n rows drawn without replacement (all where None).
     mean(fn, n, key) -> tree: mean over n rows of the current stage of
@@ -184,6 +185,7 @@ class Tools(NamedTuple):
         ``train``; ``forward.logits(train, out, at)`` gives logits. ``fn`` must be one stable object.
     each(fn, key, n) -> tree of numpy arrays [N, ...]: the same ``fn`` for the first n rows of the stage (all where
         None), in the rows' order; N is the largest stage's size, the rest zeros; n = 0 gives the shape alone.
+    kept(stage, rows) -> iterator of batches of past rows that the method may hold (`keeps`), once, in order.
     call(fn, batch, key) -> tree: ``fn(forward, train, batch, key)`` once, jitted, on any batch of arrays.
         ``forward.generate(train, prompts, lengths, ...)`` samples, see `jaxcl.models.generate.generate`.
     size(stage) -> number of training rows. labels(stage) -> a string per row (class or task).
@@ -192,6 +194,7 @@ class Tools(NamedTuple):
     batches: Callable[..., Any]
     mean: Callable[..., Any]
     each: Callable[..., Any]
+    kept: Callable[..., Any]
     call: Callable[..., Any]
     size: Callable[[int], int]
     labels: Callable[[int], np.ndarray]

@@ -28,8 +28,9 @@ class Origin:
 
     parts: (old path, row of its stack or None), one per layer of the new tensor. rank: axes of one layer's tensor.
     index: {axis, from the right: old position of every new one; -1 is a new entry}. value, gradient: {axis: what a
-    value, a gradient is divided by at every new position}. fill: values of new entries, broadcast to one layer's
-    tensor. fresh: a copy without a past: values are copied, gradients and squares are zero.
+    value, a gradient is divided by at every new position}. Each is [new], or [parts, new] where layers differ. fill:
+    values of new entries, broadcast to one layer's tensor. fresh: a copy without a past: values are copied, gradients
+    and squares are zero.
     """
 
     parts: tuple[tuple[str, int | None], ...]
@@ -43,23 +44,24 @@ class Origin:
 
     def build(self, table: Mapping[str, Any], kind: str) -> Any:
         """The new leaf out of a table that has all the parts; leading axes of its own are kept."""
-        layers = [self._layer(table[path], row, kind) for path, row in self.parts]
+        layers = [self._layer(table[path], row, kind, j) for j, (path, row) in enumerate(self.parts)]
         return jnp.stack(layers, axis=layers[0].ndim - self.rank) if self.stacked else layers[0]
 
-    def _layer(self, x: Any, row: int | None, kind: str) -> Any:
+    def _layer(self, x: Any, row: int | None, kind: str, part: int) -> Any:
         if row is not None:
             x = jnp.take(x, row, axis=x.ndim - self.rank - 1)
-        if self.fresh and kind in ("gradient", "square"):
-            return jnp.zeros_like(self._taken(x, kind))
-        return self._taken(x, kind)
+        taken = self._taken(x, kind, part)
+        return jnp.zeros_like(taken) if self.fresh and kind in ("gradient", "square") else taken
 
-    def _taken(self, x: Any, kind: str) -> Any:
-        for axis, index in self.index.items():
+    def _taken(self, x: Any, kind: str, part: int) -> Any:
+        for axis, indices in self.index.items():
+            index = indices[part] if indices.ndim == 2 else indices
             known = _along(index >= 0, axis)
             taken = jnp.take(x, np.maximum(index, 0), axis=axis)
             x = taken if np.all(known) else jnp.where(known, taken, self.fill if kind == "value" else 0).astype(x.dtype)
         divisors = {"value": self.value, "mask": {}}.get(kind, self.gradient)
-        for axis, n in divisors.items():
+        for axis, counts in divisors.items():
+            n = counts[part] if counts.ndim == 2 else counts
             x = x / _along(n**2 if kind == "square" else n, axis).astype(x.dtype)
         return x
 
