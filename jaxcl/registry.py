@@ -27,6 +27,8 @@ _STATIC = (  # name, kind, group, card, paper
     ("lora", "method", "adapters", "cft/lora", _LORA),
     ("inclora", "method", "adapters", "cft/lora", _LORA + "; a fresh adapter per stage"),
     ("olora", "method", "adapters", "cft/o-lora", "Wang et al. 2023, arXiv 2310.14152"),
+    ("llama_pro", "method", "architecture", "cpt/llama-pro", "Wu et al. 2024, arXiv 2401.02415"),
+    ("elle", "method", "architecture", "cpt/elle", "Qin et al. 2022, arXiv 2203.06311"),
     ("rewarm", "transform", "optimizer", "cpt/rewarm-gupta", "Gupta et al. 2023, arXiv 2308.04014"),
     (
         "infinite",

@@ -18,11 +18,13 @@ from jaxcl.data.stage import Stage
 from jaxcl.errors import unknown
 from jaxcl.evaluate.base import Eval
 from jaxcl.methods.agem import agem
+from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
+from jaxcl.methods.llama_pro import llama_pro
 from jaxcl.methods.lora import lora
 from jaxcl.methods.lwf import lwf
 from jaxcl.methods.olora import olora
@@ -47,6 +49,8 @@ METHODS = {
     "merged": lambda: lora(merged=True, **ADAPTER),
     "inclora": lambda: inclora(max_stages=2, **ADAPTER),
     "olora": lambda: olora(max_stages=2, **ADAPTER),
+    "llama_pro": lambda: llama_pro(groups=2),
+    "elle": lambda: elle(growth=({"heads": 2, "layers": 1},), capacity=20, recover=4, segments=2),
 } | theirs("ROWS")
 
 
