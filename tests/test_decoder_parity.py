@@ -151,3 +151,23 @@ def test_gradient_of_the_loss(pair, tokens):
     ):
         scale = float(want.abs().max())
         np.testing.assert_allclose(grads[ours] / scale, want.numpy() / scale, atol=2e-4, err_msg=ours)
+
+
+def test_the_text_model_inside_gemma_3_that_sees(tmp_path, tokens):
+    """Its config is nested, its tensors are named otherwise, and those that look at images are left out."""
+    torch.manual_seed(0)
+    seeing = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=SIZES | GEMMA | {"num_hidden_layers": 2, "initializer_range": 0.3},
+        vision_config=seeing | {"image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+    )
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    weights, batch = read_safetensors(tmp_path), block(tokens)
+    assert weights.spec.kinds == ("local", "local") and weights.spec.tied
+    with torch.no_grad():
+        want = theirs(input_ids=torch.tensor(tokens).long()).logits.numpy()
+    got = head(weights.spec, weights.params, apply(weights.spec, weights.params, batch).hidden, batch["positions"])
+    assert want.std() > 0.3
+    np.testing.assert_allclose(got, want, atol=1e-4)

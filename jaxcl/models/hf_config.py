@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import RequestError, unknown
 from .spec import QKV, SITES, DecoderSpec, RopeScaling
 
+T = TypeVar("T")
 Config = Mapping[str, Any]
 SIZES = {
     "vocab": "vocab_size",
@@ -82,6 +83,20 @@ def spec_from_hf(config: Config, where: str | Path = "config.json") -> DecoderSp
 def norm_offset(config: Config) -> float:
     """What a file of this config leaves out of its norms' scales: Gemma's hold scale - 1."""
     return 1.0 if config.get("model_type") in ("gemma3", "gemma3_text") else 0.0
+
+
+def text_tensors(config: Config, tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors of the text model, under the names of one that stands alone: of a gemma3 file, which also holds what
+    looks at images, only those of its language model."""
+    if config.get("model_type") != "gemma3":
+        return dict(tensors)
+    out = {}
+    for name, value in tensors.items():
+        for theirs, ours in (("model.language_model.", "model."), ("language_model.", "")):
+            if name.startswith(theirs):
+                out[ours + name.removeprefix(theirs)] = value
+                break
+    return out
 
 
 class _Reader:

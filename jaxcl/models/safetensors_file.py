@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import RequestError
 from .gguf_file import Weights
-from .hf_config import norm_offset, spec_from_hf
+from .hf_config import norm_offset, spec_from_hf, text_tensors
 from .names import is_flipped, match
 
 
@@ -30,6 +30,7 @@ def read_safetensors(path: Path) -> Weights:
         if promised is not None:
             _check_shard(file, set(values), promised)
         found |= values
+    found = text_tensors(config, found)
     if spec.tied:
         found.pop("lm_head.weight", None)  # some writers store the tied head once more
     table = match(spec, {name: value.shape for name, value in found.items()}, "hf", str(path))
