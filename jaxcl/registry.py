@@ -24,6 +24,8 @@ _STATIC = (  # name, kind, group, card, paper
     ("lwf", "method", "distillation", "cft/knowledge-distillation-lwf", "Li and Hoiem 2016, arXiv 1606.09282"),
     ("agem", "method", "gradients", "cft/a-gem", "Chaudhry et al. 2019, arXiv 1812.00420"),
     ("gem", "method", "gradients", "cft/gem", "Lopez-Paz and Ranzato 2017, arXiv 1706.08840"),
+    ("hat", "method", "masks", "cft/hat", "Serra et al. 2018, arXiv 1801.01423"),
+    ("rho1", "method", "selection", "cpt/rho-1", "Lin et al. 2024, arXiv 2404.07965"),
     ("lora", "method", "adapters", "cft/lora", _LORA),
     ("inclora", "method", "adapters", "cft/lora", _LORA + "; a fresh adapter per stage"),
     ("olora", "method", "adapters", "cft/o-lora", "Wang et al. 2023, arXiv 2310.14152"),

@@ -22,6 +22,7 @@ from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
+from jaxcl.methods.hat import hat
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
 from jaxcl.methods.llama_pro import llama_pro
@@ -29,6 +30,7 @@ from jaxcl.methods.lora import lora
 from jaxcl.methods.lwf import lwf
 from jaxcl.methods.olora import olora
 from jaxcl.methods.replay import replay
+from jaxcl.methods.rho1 import rho1
 from jaxcl.methods.si import si
 from jaxcl.transforms.mofo import mofo
 
@@ -45,6 +47,9 @@ METHODS = {
     "asked": lambda: lwf(teacher="topk", rows="new", k=4),
     "agem": lambda: agem(capacity=10),
     "gem": lambda: gem(capacity=10, max_stages=2),
+    "hat": lambda: hat(max_stages=2),
+    "rho1": lambda: rho1(reference=0.3),
+    "live": lambda: rho1(reference=None, scores="live"),
     "lora": lambda: lora(**ADAPTER),
     "merged": lambda: lora(merged=True, **ADAPTER),
     "inclora": lambda: inclora(max_stages=2, **ADAPTER),

@@ -48,7 +48,7 @@ class Between:
         key = jax.random.key(self.exp.seed)
         for part in (self.world.stage, 1_000_003 + slot, n):
             key = jax.random.fold_in(key, part)
-        world = self.world._replace(key=key)
+        world = self.world._replace(key=key, owner=dict(self.owner))
         m = self.methods[n] if n < len(self.methods) else None
         return world._replace(tools=self.toolbox.tools(world, self.owns, self.check, m))
 

@@ -96,6 +96,8 @@ class Measurements:
         total = sum(int(np.size(v)) for v in world.params.values())
         trained = sum(int(np.size(world.params[k])) for k in world.trained if k in world.params)
         self.account["parameters"] = {"base": base, "extra": total - base, "trained": trained}
+        if world.notes:
+            self.account["notes"] = dict(world.notes)
         for name, own in owns.items():
             size = sum(int(getattr(x, "nbytes", 0)) for x in jax.tree.leaves(own))
             examples = sum(len(v) for k, v in own["host"].items() if k.startswith("rows") and isinstance(v, np.ndarray))

@@ -20,9 +20,9 @@ Params = dict[str, jax.Array]
 
 Batch = dict[str, Any]
 """Fields: tokens, segments (0 = padding), positions i32[B,T]; targets_at i32[B,K] (static K) or absent;
-weight f32[B,K] or [B,T]; source i32[B] (which stream); row i32[B] (index into the stage); further
-streams nested, e.g. ``batch['ref']``; log {name: f32[B]}, what a `collect` wants in the log, as means. One structure
-and shape per phase."""
+weight f32[B,K] or [B,T]; source i32[B] (which stream); row i32[B] (index into the stage); task_id i32[B], only where
+a run is task-incremental (`jaxcl.core.til`); further streams nested, e.g. ``batch['ref']``; log {name: f32[B]}, what a
+`collect` wants in the log, as means. One structure and shape per phase."""
 
 Own = dict[str, Any]
 """A method's memory: ``{'fixed': device, constant in a phase; 'live': device, donated; 'host': numpy and
@@ -201,7 +201,8 @@ class Tools(NamedTuple):
 
 
 class World(NamedTuple):
-    """Everything between phases, on the host. ``edits``: surgeries done in this stage so far, in order."""
+    """Everything between phases, on the host. ``edits``: surgeries done in this stage so far, in order. ``notes``: JSON
+    that ends up in metrics.json. ``owner``: {path: method that made this parameter}."""
 
     spec: Any
     params: Params
@@ -212,6 +213,7 @@ class World(NamedTuple):
     tools: Tools
     notes: Mapping[str, Any]
     edits: tuple[Any, ...]
+    owner: Mapping[str, str] = {}
 
 
 GradFn = Callable[..., tuple[Params, dict[str, Any]]]

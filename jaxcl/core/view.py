@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxcl.core import compose
-from jaxcl.core.types import Clock, Method, Model, Params
+from jaxcl.core.types import Apply, Batch, Clock, Method, Model, Outputs, Params
 
 
 class View:
@@ -23,6 +26,7 @@ class View:
         self.fixed: dict[str, Any] = {}
         self.live: dict[str, Any] = {}
         self.clock = Clock.at()
+        self.task: Any = None
         self._jitted: dict[Any, Callable] = {}
 
     def at(self, spec: Any, params: Params, fixed: dict, live: dict, clock: Clock) -> View:
@@ -33,6 +37,12 @@ class View:
         self.live = {k: v for k, v in live.items() if k in names}
         return self
 
+    def of(self, task: int) -> View:
+        """This view for test rows of one task: `apply` finds ``task_id`` in every batch."""
+        view = copy.copy(self)  # what is compiled is shared, and serves all tasks
+        view.task = np.int32(task)
+        return view
+
     def call(self, fn: Callable, *args: Any) -> Any:
         """``fn(apply, head, spec, params, *args)``, jitted; compiled once per (fn, spec, shapes of args).
 
@@ -40,13 +50,22 @@ class View:
         leading axis sharded as a batch's rows are.
         """
         spec, bare = self.spec, not self.fixed and not self.live
-        key = (fn, spec, bare)
+        key = (fn, spec, bare, self.task is None)
         if key not in self._jitted:
             model, methods = self.model, () if bare else self.methods
 
-            def run(params: Params, fixed: dict, live: dict, clock: Clock, args: tuple) -> Any:
+            def run(params: Params, fixed: dict, live: dict, clock: Clock, task: Any, args: tuple) -> Any:
                 apply = compose.wrapped(model.apply, methods, fixed, live, clock)
-                return fn(apply, model.head, spec, params, *args)
+                return fn(apply if task is None else told(apply, task), model.head, spec, params, *args)
 
             self._jitted[key] = jax.jit(run)
-        return self._jitted[key](self.params, self.fixed, self.live, self.clock, self.place(args))
+        return self._jitted[key](self.params, self.fixed, self.live, self.clock, self.task, self.place(args))
+
+
+def told(apply: Apply, task: jax.Array) -> Apply:
+    """``apply`` on batches whose rows are all of ``task`` i32[]."""
+
+    def run(spec: Any, params: Params, batch: Batch, **kw: Any) -> Outputs:
+        return apply(spec, params, {**batch, "task_id": jnp.broadcast_to(task, batch["tokens"].shape[:1])}, **kw)
+
+    return run

@@ -37,8 +37,8 @@ class Dense(nnx.Module):
 
     kernel [in, out]; bias [out]; lora_a [r, in], lora_b [out, r], lora_scale []: y += scale (drop(x) a^T) b^T
     (Hu et al. 2021, eq. 3); bank_a [S, r, in], bank_b [S, out, r], bank_scale []: the same, summed over slots with
-    the weights ``flow.bank`` [B, S]; in_scale [in], out_scale [out]: x and y times these, unit by unit (IA3, masks of
-    HAT).
+    the weights ``flow.bank`` [B, S]; in_scale [in], out_scale [out]: x and y times these, unit by unit (IA3); in_scale
+    may be [B, in], one for each row (HAT).
     """
 
     kernel: nnx.Param
@@ -60,7 +60,8 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array, flow: Flow) -> jax.Array:
         if hasattr(self, "in_scale"):
-            x = x * self.in_scale[...].astype(x.dtype)
+            scale = self.in_scale[...].astype(x.dtype)
+            x = x * (scale if scale.ndim == 1 else scale[:, None])
         flow.see(f"{self.site}:in", x)
         y = x @ self.kernel[...].astype(x.dtype)
         if hasattr(self, "bias"):
