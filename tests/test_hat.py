@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -191,7 +192,7 @@ def recorder(task: int, seen: list) -> Eval:
 
     def evaluate(view, progress):
         nll, hidden = (np.asarray(x) for x in view.call(written, {k: v for k, v in rows.items() if k != "row"}))
-        seen.append((nll, hidden))
+        seen.append((nll, hidden, to_numpy(dict(view.params))))
         return [{"id": str(i), "prediction": None, "score": float(x.sum())} for i, x in enumerate(nll)]
 
     return Eval(f"e{task}", "nll", 8, evaluate, higher_is_better=False, range=(0.0, float("inf")))
@@ -215,9 +216,23 @@ def test_outputs_of_past_tasks_are_bit_identical(three):
     for task in range(3):
         _, *after = seen[task]  # the first is row 0
         for later in after[task + 1 :]:
-            assert all(np.array_equal(a, b) for a, b in zip(later, after[task])), f"task {task}"
+            assert all(np.array_equal(a, b) for a, b in zip(later[:2], after[task][:2])), f"task {task}"
     assert not np.array_equal(seen[2][2][0], seen[2][3][0]), "task 2 was learned"
     assert not np.array_equal(seen[1][1][0], seen[1][2][0])
+
+
+def test_weights_of_used_units_are_bit_identical_and_those_of_free_ones_move(three):
+    _, seen = three
+    _, *after = [params for _, _, params in seen[0]]
+    for site in SITES:
+        used = np.zeros(SPEC.mlp, bool)
+        for before, now in itertools.pairwise(after):
+            used |= before[site + "/hat_e"] > 0
+            for name, turn in (("gate", np.transpose), ("up", np.transpose), ("down", np.asarray)):
+                key = f"{site.rpartition('/')[0]}/{name}/kernel"
+                units = [turn(x[key]) for x in (before, now)]  # one row a unit
+                assert np.array_equal(units[0][used], units[1][used]) and used.any()
+                assert (units[0][~used] != units[1][~used]).any(axis=1).all() and not used.all()
 
 
 def test_what_is_used_is_reported(three):

@@ -32,16 +32,15 @@ class Told:
     """A `Source` whose examples have ``task_id`` i32[] beside what the source gives."""
 
     def __init__(self, source: Source, task: int):
-        self.source, self.task = source, task
+        self.source, self.task, self.name = source, task, source.name
+        self.packs = getattr(source, "packs", False)
+        self.label, self.record, self.id = source.label, source.record, source.id
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, i: int) -> Example:
         return self.source[i] | {"task_id": np.int32(self.task)}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
 
 
 def told(test: Eval, task: int) -> Eval:

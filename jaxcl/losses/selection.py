@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def top_share(score: jax.Array, valid: jax.Array, share: float) -> jax.Array:
@@ -13,5 +14,5 @@ def top_share(score: jax.Array, valid: jax.Array, share: float) -> jax.Array:
     is no number. Over a sharded array the ranking is that of the whole, not of each shard.
     """
     order = jnp.lexsort((-score.astype(jnp.float32).ravel(), ~valid.ravel()))  # valid first, then by score; stable
-    count = jnp.round(share * jnp.sum(valid)).astype(jnp.int32)
+    count = jnp.asarray(np.round(share * np.arange(valid.size + 1)), jnp.int32)[jnp.sum(valid)]  # in f64, on the host
     return jnp.zeros(valid.size, bool).at[order].set(jnp.arange(valid.size) < count).reshape(valid.shape)
