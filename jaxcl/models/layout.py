@@ -79,6 +79,8 @@ def _axes(table: Mapping[str, Leaf], path: str, ndim: int) -> Axes:
         tensor = (None, kernel.axes[0])
     elif kernel is not None and name in ("lora_b", "bank_b"):
         tensor = (kernel.axes[1], None)
+    elif kernel is not None and name in ("hat_e", "hat_bank"):  # of the site's input units, as in_scale
+        tensor = (kernel.axes[0],)
     elif kernel is not None and name in ("in_scale", "out_scale"):
         tensor = (kernel.axes[name == "out_scale"],)
     else:
