@@ -19,6 +19,7 @@ from jaxcl.data.pipeline import batches
 from jaxcl.data.stage import Stage, text_source
 from jaxcl.errors import RequestError
 from jaxcl.losses.selection import top_share
+from jaxcl.methods.elle import elle
 from jaxcl.methods.replay import replay
 from jaxcl.methods.rho1 import rho1
 from jaxcl.models.decoder import decoder
@@ -259,6 +260,20 @@ def test_replay_before_it_leaves_the_good_rows_alone(tmp_path):
     first, second = between.plan(0)
     assert len(first.streams) == 1 and first.streams[0].rows.tolist() == [0, 1]
     assert len(second.streams) == 2
+
+
+def test_behind_a_method_that_plans_phases_only_own_rows_are_ranked_and_before_it_is_refused(tmp_path):
+    grows = elle(growth=(), capacity=12, recover=2, segments=1)
+    between = Between(experiment([grows, rho1(reference=[0])]), lambda: None)
+    between.begin(0)
+    between.end()
+    between.begin(1)
+    first, recover, train = between.plan(0)
+    assert (first.name, recover.name, train.name) == ("reference", "recover", "train")
+    assert [(s.stage, len(s.rows)) for s in recover.streams][0] == (1, 0) and recover.streams[1].stage == 0
+    assert train.streams[0].stage == 1 and first.after is not None
+    with pytest.raises(RequestError, match="list 'rho1' behind methods that plan phases"):
+        run([rho1(reference=[0]), grows], tmp_path / "out", n=2)
 
 
 # plain text, and noise

@@ -45,7 +45,7 @@ def hat(
     learned, or none (`til.NO_TASK`), has every unit. Rows of a past task have its mask at s_max, and a teacher (lwf)
     knows no mask for the new task: let it teach old rows. The share of used units of every layer is in metrics.json.
     Raises RequestError for s_max below 1, a negative strength, sweeps or max_stages below 1, a target that is no MLP's
-    ``down``, rows without ``task_id``, and in company that trains what cannot be protected (adapters).
+    ``down``, rows without ``task_id``, and company that trains what cannot be protected (adapters, new layers).
     """
     if s_max < 1 or strength < 0 or sweeps < 1 or max_stages < 1:
         given = f"s_max {s_max}, strength {strength}, sweeps {sweeps}, max_stages {max_stages}"

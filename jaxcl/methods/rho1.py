@@ -44,8 +44,8 @@ def rho1(
     holds one ``dtype`` number each; ``live`` holds its weights and pays a forward pass a step.
 
     Replayed rows keep their weight and are not ranked. Under accumulation a micro-batch is ranked by itself. Rows do
-    not share a sequence. Raises RequestError for a share outside (0, 1], epochs that are not positive, an unknown
-    selection, scores or dtype, rows that are not in the stage.
+    not share a sequence. List it behind methods that plan phases (elle). Raises RequestError for a share outside
+    (0, 1], epochs that are not positive, an unknown selection, scores or dtype, rows that are not in the stage.
     """
     if not 0 < share <= 1 or epochs <= 0:
         raise RequestError(f"rho1: share {share}, epochs {epochs}; accepted: share above 0 up to 1, epochs > 0")
@@ -70,6 +70,9 @@ def rho1(
         return scored(world) if reference is None else {"fixed": {"before": trained(world)}}
 
     def plan(world: World, own: Own, phases: list[Phase]) -> list[Phase]:
+        phases = [own_rows_first(p, world.stage) for p in phases]
+        if not phased:
+            return phases
         rows = Stream(world.stage, good_rows(reference, world))
         first = Phase("reference", None, (rows,), epochs=epochs, active=frozenset(), after=after)
         return [first, dataclasses.replace(phases[0], reset_opt=True), *phases[1:]]
@@ -93,15 +96,24 @@ def rho1(
     def of_reference(ctx: Ctx) -> jax.Array:
         """f32 like nll: the reference's loss of every token."""
         fixed = ctx.own["fixed"]
+        if "before" in fixed:
+            wanted = f"list {name!r} behind methods that plan phases"
+            raise RequestError(f"another method changed the reference phase of {name!r}; {wanted}")
         if scores == "live":
             params = jax.lax.stop_gradient({**ctx.params, **fixed["model"]})
             return ctx.model(ctx.spec, params, ctx.batch).nll
         return fixed["nll"][jnp.maximum(ctx.batch["row"], 0)].astype(jnp.float32)
 
-    parts: dict[str, Any] = {"weigh": weigh}
-    if selection == "excess":
-        parts |= {"init": init, "end": end, **({} if reference is None else {"plan": plan})}
-    return Method(name=name, packs=False, **parts)
+    phased = selection == "excess" and reference is not None
+    memory: dict[str, Any] = {"init": init, "end": end} if selection == "excess" else {}
+    return Method(name=name, packs=False, plan=plan, weigh=weigh, **memory)
+
+
+def own_rows_first(phase: Phase, stage: int) -> Phase:
+    """The phase with the stage's own rows, an empty stream where it has none, as stream 0, which is what is ranked."""
+    if phase.streams and phase.streams[0].stage == stage:
+        return phase
+    return dataclasses.replace(phase, streams=(Stream(stage, ()), *phase.streams))
 
 
 def trained(world: World) -> Params:
