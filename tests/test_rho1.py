@@ -270,7 +270,7 @@ def test_behind_a_method_that_plans_phases_only_own_rows_are_ranked_and_before_i
     between.begin(1)
     first, recover, train = between.plan(0)
     assert (first.name, recover.name, train.name) == ("reference", "recover", "train")
-    assert [(s.stage, len(s.rows)) for s in recover.streams][0] == (1, 0) and recover.streams[1].stage == 0
+    assert (recover.streams[0].stage, len(recover.streams[0].rows)) == (1, 0) and recover.streams[1].stage == 0
     assert train.streams[0].stage == 1 and first.after is not None
     with pytest.raises(RequestError, match="list 'rho1' behind methods that plan phases"):
         run([rho1(reference=[0]), grows], tmp_path / "out", n=2)
