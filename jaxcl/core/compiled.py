@@ -37,7 +37,7 @@ class StepCache:
             if fits == {k: v.shape for k, v in state.opt.items()}:
                 opt = placement.put(journal.unflatten_like(like, state.opt, "opt"))
                 return State(state.clock, state.train, opt, state.live)
-        key = (id(tx), _shapes(state.train))
+        key = (tx, _shapes(state.train))  # the object itself: an id may be another one's later
         if key not in self._inits:
             self._inits[key] = jax.jit(tx.init, out_shardings=placement.tree(like))
         return State(state.clock, state.train, self._inits[key](state.train), state.live)
@@ -45,7 +45,7 @@ class StepCache:
     def get(self, state: State, fixed: Fixed, phase: Phase, spec: Any, placement: Placement, batch: Any) -> Callable:
         """``step(state, fixed, batch, seed)``, compiled before the first batch is trained on. State is donated."""
         exp = self.exp
-        key = (spec, phase.objective, phase.active, id(phase.tx or exp.tx), _shapes((state, fixed, batch)))
+        key = (spec, phase.objective, phase.active, phase.tx or exp.tx, _shapes((state, fixed, batch)))
         if key not in self._compiled:
             step = make_step(exp.model.apply, spec, exp.methods, exp.tx, phase, exp.accumulate, exp.model.head)
 

@@ -70,12 +70,13 @@ def fold_plans(methods: Sequence[Method], world: World, owns: Mapping[str, Own],
     for m in methods:
         if m.plan is None:
             continue
-        objectives, afters = [weighted_nll, *(p.objective for p in phases)], [None, *(p.after for p in phases)]
+        objectives, afters = {p.name: p.objective for p in phases}, [None, *(p.after for p in phases)]
         read = [s.rows for p in phases for s in p.streams]
         phases = m.plan(world, owns[m.name], list(phases))
         added: list[Stream] = []
         for p in phases:
-            if p.objective not in objectives:
+            known = [objectives[p.name]] if p.name in objectives else [weighted_nll, *objectives.values()]
+            if not any(p.objective is o for o in known):
                 if p.name in setter:
                     raise RequestError(
                         f"methods {setter[p.name]!r} and {m.name!r} both set the objective of phase {p.name!r}; "
