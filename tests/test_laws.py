@@ -141,6 +141,10 @@ def test_two_objectives_are_refused_with_both_names():
     b.begin(0)
     with pytest.raises(RequestError, match="'rho' and 'cppo' both set the objective of phase 'train'"):
         b.plan(0)
+    b = between(objective("rho", twice), objective("back", weighted_nll))
+    b.begin(0)
+    with pytest.raises(RequestError, match="'rho' and 'back' both set"):
+        b.plan(0)
     b = between(objective("rho", twice), Method(name="other", plan=lambda w, o, phases: phases))
     b.begin(0)
     assert b.plan(0)[0].objective is twice
