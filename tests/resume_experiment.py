@@ -22,9 +22,11 @@ from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
+from jaxcl.methods.generative_replay import generative_replay
 from jaxcl.methods.hat import hat
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
+from jaxcl.methods.lamol import lamol
 from jaxcl.methods.llama_pro import llama_pro
 from jaxcl.methods.lora import lora
 from jaxcl.methods.lwf import lwf
@@ -40,6 +42,8 @@ METHODS = {
     "joint": joint,
     "replay": lambda: replay(ratio=0.5, capacity=10),
     "balanced": lambda: replay(ratio=0.5, capacity=10, policy="class_balanced"),
+    "generative_replay": lambda: generative_replay(gamma=0.5, condition="prefix", kept=4, oversample=4, eos=31),
+    "lamol": lambda: lamol(gamma=0.5, eos=31, max_stages=2),
     "ewc": lambda: ewc(strength=20.0, rows=8, fisher="sampled"),
     "separate": lambda: ewc(strength=20.0, rows=8, mode="separate", max_stages=2),
     "si": lambda: si(strength=1.0),

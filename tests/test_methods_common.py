@@ -20,9 +20,11 @@ from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
+from jaxcl.methods.generative_replay import generative_replay
 from jaxcl.methods.hat import hat
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
+from jaxcl.methods.lamol import lamol
 from jaxcl.methods.llama_pro import llama_pro
 from jaxcl.methods.lora import lora
 from jaxcl.methods.lwf import lwf
@@ -42,6 +44,8 @@ ROWS: dict[str, Callable[[], Method]] = {
     "joint": lambda: joint(),
     "replay": lambda: replay(ratio=0.5, capacity=12),
     "replay balanced": lambda: replay(count=4, capacity=8, policy="class_balanced"),
+    "generative replay": lambda: generative_replay(gamma=0.5, condition="prefix", kept=4, oversample=16, eos=31),
+    "lamol": lambda: lamol(gamma=0.5, eos=31, max_stages=3),
     "ewc": lambda: ewc(strength=50.0, rows=8),
     "ewc separate": lambda: ewc(strength=50.0, rows=8, mode="separate", fisher="sampled", max_stages=3),
     "si": lambda: si(strength=1.0),
@@ -70,6 +74,8 @@ NOTHING: dict[str, Callable[[], Method]] = {
     "joint": lambda: replay(ratio=0.0),
     "replay": lambda: replay(ratio=0.5, capacity=0),
     "replay balanced": lambda: replay(count=0, policy="class_balanced"),
+    "generative replay": lambda: generative_replay(gamma=0.0, strength=0.0),
+    "lamol": lambda: lamol(gamma=0.0, strength=0.0),
     "ewc": lambda: ewc(strength=0.0, rows=8),
     "si": lambda: si(strength=0.0),
     "lwf": lambda: lwf(strength=0.0),

@@ -15,12 +15,18 @@ from jaxcl.errors import RequestError
 from jaxcl.losses.distillation import kl
 from jaxcl.models.decoder import decoder, logits
 from jaxcl.models.generate import generate
-from jaxcl.surgery.vocabulary import BIAS, CLOSED, cut, grown, opened
+from jaxcl.surgery.vocabulary import BIAS, CLOSED, cut, growth, opened
 
 UNTIED = dataclasses.replace(SPEC, tied=False)
 MODEL = decoder(SPEC)
 ROWS = [encode([3, 1, 4, 1], [5, 9], 12, 3), encode([2, 7, 1, 8, 2], [8], 12, 3)]
 BATCH = stack(ROWS)
+
+
+def grown(spec, params, n, key):
+    """(params, spec) after growth."""
+    larger, edit = growth(spec, params, n, key)
+    return edit.apply(params, "value") | edit.fills, larger
 
 
 @pytest.fixture(scope="module", params=[SPEC, UNTIED], ids=["tied", "untied"])
@@ -94,6 +100,21 @@ def test_growing_twice(pair):
     _, (spec, new) = pair
     twice, larger = grown(spec, new, 1, jax.random.key(5))
     assert larger.vocab == 128 and np.array_equal(twice[BIAS][:64], new[BIAS])
+
+
+def test_memories_follow(pair):
+    """A Fisher has nothing about a new row, an anchor its new value, also one of several tasks; the bias is born."""
+    (spec, old), (_, new) = pair
+    _, edit = growth(spec, old, 2, jax.random.key(1))
+    memory = {k: jax.random.normal(jax.random.key(3), (3, *v.shape)) for k, v in old.items()}
+    for kind in ("square", "value"):
+        out = edit.apply(memory, kind)
+        assert out.keys() == old.keys()
+        embed = np.asarray(out["embed/kernel"])
+        assert np.array_equal(embed[:, :32], memory["embed/kernel"])
+        fresh = np.asarray(new["embed/kernel"])[32:] if kind == "value" else 0.0
+        assert np.array_equal(embed[:, 32:], np.broadcast_to(fresh, (3, 32, 16)))
+    assert edit.owners({}, "lamol") == {BIAS: "lamol"} and edit.exact
 
 
 @pytest.mark.parametrize("vocab,n,want", [(259, 2, 261), (49152, 17, 49280), (32, 33, 96), (100, 1, 104)])

@@ -101,6 +101,8 @@ class Measurements:
         for name, own in owns.items():
             size = sum(int(getattr(x, "nbytes", 0)) for x in jax.tree.leaves(own))
             examples = sum(len(v) for k, v in own["host"].items() if k.startswith("rows") and isinstance(v, np.ndarray))
+            if counts := own["host"].get("counts"):  # of rows that a method wrote: asked for, accepted, refused
+                self.account.setdefault("written", {})[name] = counts
             if size:
                 self.account["kept"][name] = {"examples": examples, "bytes": size}
 

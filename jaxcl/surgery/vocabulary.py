@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcl.core.types import Params, World
 from jaxcl.errors import RequestError
+from jaxcl.surgery.edit import Edit, Origin, operated
 
 BIAS = "vocab_bias"
 CLOSED = -1e9
@@ -24,13 +26,13 @@ ALIGNED = 128  # a vocabulary divisible by a power of two stays so, up to this o
 
 
 def grow(world: World, n: int) -> World:
-    """The world with at least ``n`` closed rows behind its vocabulary; new values by ``world.key``."""
-    params, spec = grown(world.spec, world.params, n, world.key)
-    return world._replace(params=params, spec=spec)
+    """The world with at least ``n`` closed rows behind its vocabulary; new values by ``world.key``. Memories follow by
+    the Edit: a Fisher is zero there, an anchor is the new value."""
+    return operated(world, *growth(world.spec, world.params, n, world.key))
 
 
-def grown(spec: Any, params: Params, n: int, key: jax.Array, spread: float = 0.1) -> tuple[Params, Any]:
-    """(params, spec) with ``n`` new rows of ``embed/kernel`` [V,D] and, untied, columns of ``head/kernel`` [D,V], all
+def growth(spec: Any, params: Params, n: int, key: jax.Array, spread: float = 0.1) -> tuple[Any, Edit]:
+    """(spec, Edit) of ``n`` new rows of ``embed/kernel`` [V,D] and, untied, columns of ``head/kernel`` [D,V], all
     closed; a few more where `ALIGNED` asks for it.
 
     A new row is the mean of the old ones (Hewitt 2021: its logit is no outlier) plus ``spread`` of their standard
@@ -42,14 +44,18 @@ def grown(spec: Any, params: Params, n: int, key: jax.Array, spread: float = 0.1
         raise RequestError(f"{n} new rows of the vocabulary; accepted: at least 1")
     step = min(ALIGNED, spec.vocab & -spec.vocab)
     n = -(-n // step) * step
-    out = dict(params)
-    for i, (path, axis) in enumerate((("embed/kernel", 0), ("head/kernel", 1))):
+    index = np.append(np.arange(spec.vocab), np.full(n, -1))
+    moved, fills = {}, {}
+    for i, (path, axis) in enumerate((("embed/kernel", -2), ("head/kernel", -1))):
         if path in params:
             new = drawn(params[path], n, axis, jax.random.fold_in(key, i), spread)
-            out[path] = jnp.concatenate([params[path], new], axis)
-    old = params.get(BIAS, jnp.zeros(spec.vocab, jnp.float32))
-    out[BIAS] = jnp.concatenate([old, jnp.full(n, CLOSED, jnp.float32)])
-    return out, dataclasses.replace(spec, vocab=spec.vocab + n)
+            ahead = [(spec.vocab, 0) if a == axis else (0, 0) for a in (-2, -1)]
+            moved[path] = Origin(((path, None),), 2, index={axis: index}, fill=jnp.pad(new, ahead))
+    if BIAS in params:
+        moved[BIAS] = Origin(((BIAS, None),), 1, index={-1: index}, fill=CLOSED)
+    else:
+        fills[BIAS] = jnp.where(index < 0, CLOSED, 0.0).astype(jnp.float32)
+    return dataclasses.replace(spec, vocab=spec.vocab + n), Edit(fills, moved=moved, born=frozenset(fills))
 
 
 def drawn(kernel: jax.Array, n: int, axis: int, key: jax.Array, spread: float) -> jax.Array:
