@@ -166,11 +166,13 @@ def test_an_oracle_is_replay_bit_for_bit(tmp_path):
 
 def test_soft_targets_come_from_distillation_on_old_rows(tmp_path):
     """`lwf` on old rows alone: its term is there exactly in the steps that hold a written row."""
-    method = generative_replay(gamma=0.25, eos=EOS)
+    method = generative_replay(count=3, eos=EOS)
     done = learned(method, tmp_path / "out", lwf(rows="old"), epochs=24)
     written = len(pseudo.unpack(done.loop.now.owns["generative_replay"]["host"]["pseudo"]["0"]))
     steps = [r["lwf/distillation"] for r in done.log if r["stage"] == 1]
-    assert written and sum(x > 0 for x in steps) == min(len(steps), written * 24), "spread evenly, at most one a step"
+    drawn = written * 24
+    assert 0 < drawn < len(steps), "spread evenly, at most one a step; teacher and student are one in the first"
+    assert sum(x > 0 for x in steps) in (drawn - 1, drawn)
     assert all(r["lwf/distillation"] == 0 for r in done.log if r["stage"] == 0)
 
 
