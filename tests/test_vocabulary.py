@@ -120,7 +120,8 @@ def test_memories_follow(pair):
 @pytest.mark.parametrize("vocab,n,want", [(259, 2, 261), (49152, 17, 49280), (32, 33, 96), (100, 1, 104)])
 def test_a_vocabulary_stays_divisible(vocab, n, want):
     spec = dataclasses.replace(SPEC, vocab=vocab, width=4, head_dim=2)
-    assert grown(spec, {"embed/kernel": np.zeros((vocab, 4), np.float32)}, n, jax.random.key(0))[1].vocab == want
+    new, larger = grown(spec, {"embed/kernel": np.zeros((vocab, 4), np.float32)}, n, jax.random.key(0))
+    assert larger.vocab == want and new["embed/kernel"].shape == (want, 4) and new[BIAS].shape == (want,)
 
 
 def test_refusals():

@@ -62,10 +62,10 @@ def generative_replay(
     each. condition: START is one for all stages (``gen``) or each stage's own (``task``); ``prefix``: behind it stand
     the first ``prefix`` ids of a kept prompt; ``demos``: before it ``shots`` kept rows. For these ``kept`` rows a stage
     are held, and declared. labeller: the ``same`` sample, or ``relabel`` greedily by the same model; for soft targets
-    add `lwf(rows='old')`. Sampling: top_k, top_p, temperature, repetition_penalty, max_new tokens (None: window + 1); LFPT5
-    has 64, 1, 1, 2.5; SSR 0, 0.6, 0.9, 1.2. Refused and counted: what has not one MARK and an end, what does not fit,
-    with ``labels`` an answer outside the label set. clusters: of ``oversample`` times the rows, those nearest to the
-    centroids of k-means are taken. oracle: stored rows instead (``capacity`` in all), as `replay` does it. max_stages:
+    add `lwf(rows='old')`. Sampling: top_k, top_p, temperature, repetition_penalty, max_new tokens (None: window + 1);
+    LFPT5 has 64, 1, 1, 2.5; SSR 0, 0.6, 0.9, 1.2. Refused and counted: what has not one MARK and an end, what does not
+    fit, with ``labels`` an answer outside the label set. clusters: of ``oversample`` times the rows, those nearest to
+    the centroids of k-means are taken. oracle: stored rows instead (``capacity`` in all), as `replay` does. max_stages:
     START tokens made at once. eos: the id that ends answers; None: the one that ends all rows seen.
     Raises RequestError for values outside these, rows without answers, a context without room.
     """

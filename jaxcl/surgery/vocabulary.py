@@ -59,10 +59,10 @@ def growth(spec: Any, params: Params, n: int, key: jax.Array, spread: float = 0.
 
 
 def drawn(kernel: jax.Array, n: int, axis: int, key: jax.Array, spread: float) -> jax.Array:
-    """``n`` new entries along ``axis``: the mean over it plus normal noise of ``spread`` standard deviations."""
+    """``n`` new entries along ``axis``, from the right: its mean plus noise of ``spread`` standard deviations."""
     old = kernel.astype(jnp.float32)
     mean, std = old.mean(axis, keepdims=True), old.std(axis, keepdims=True)
-    shape = tuple(n if a == axis else size for a, size in enumerate(kernel.shape))
+    shape = tuple(n if a - kernel.ndim == axis else size for a, size in enumerate(kernel.shape))
     return (mean + spread * std * jax.random.normal(key, shape)).astype(kernel.dtype)
 
 
