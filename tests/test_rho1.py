@@ -27,6 +27,7 @@ from jaxcl.models.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
 RNG = np.random.default_rng(0)
+APPLY = jax.jit(MODEL.apply, static_argnums=0)  # one program, not one an operation
 
 
 # the mask
@@ -63,8 +64,8 @@ def test_the_batch_is_ranked_together_not_row_by_row():
 
 
 def context(batch: dict, params: dict, own: dict, spec=SPEC) -> Ctx:
-    out = MODEL.apply(spec, params, batch)
-    return Ctx(params, own, batch, batch["weight"], out, Clock.at(), jax.random.key(1), MODEL.apply, spec, MODEL.head)
+    out = APPLY(spec, params, batch)
+    return Ctx(params, own, batch, batch["weight"], out, Clock.at(), jax.random.key(1), APPLY, spec, MODEL.head)
 
 
 def some_batch(rows: int = 8, **fields) -> dict:
@@ -129,7 +130,7 @@ def objective(method: Method, own: dict, batch: dict, spec=SPEC):
         ctx = ctx._replace(weight=compose.weights([method], ctx, {method.name: own}))
         return weighted_nll(ctx), ctx.weight
 
-    return loss
+    return jax.jit(loss)
 
 
 def test_all_tokens_give_the_plain_loss_and_gradient():
@@ -137,11 +138,11 @@ def test_all_tokens_give_the_plain_loss_and_gradient():
     loss = objective(rho1(share=1.0, scores="live"), own, batch)
 
     def plain(params):
-        nll = MODEL.apply(SPEC, params, batch).nll
+        nll = APPLY(SPEC, params, batch).nll
         return jnp.sum(batch["weight"] * nll) / jnp.sum(batch["weight"])
 
     (value, _), grad = jax.value_and_grad(loss, has_aux=True)(params)
-    want, want_grad = jax.value_and_grad(plain)(params)
+    want, want_grad = jax.jit(jax.value_and_grad(plain))(params)
     np.testing.assert_allclose(value, want, rtol=1e-6)
     for key in grad:
         np.testing.assert_allclose(grad[key], want_grad[key], atol=1e-6)
@@ -150,7 +151,7 @@ def test_all_tokens_give_the_plain_loss_and_gradient():
 def test_the_loss_is_the_mean_over_selected_tokens():
     batch, params, own = some_batch(), weights(), {"fixed": {"model": other_weights()}}
     value, weight = objective(rho1(share=0.5, scores="live"), own, batch)(params)
-    nll, chosen = np.asarray(MODEL.apply(SPEC, params, batch).nll), np.asarray(weight) > 0
+    nll, chosen = np.asarray(APPLY(SPEC, params, batch).nll), np.asarray(weight) > 0
     assert float(value) == pytest.approx(nll[chosen].mean(), rel=1e-5)
 
 
@@ -225,7 +226,7 @@ def test_a_reference_phase_learns_from_its_rows_scores_the_stage_and_leaves_no_t
     alone = [Phase("reference", None, (Stream(0, np.array(GOOD)),), epochs=4)]
     model = run([], tmp_path / "alone", n=1, tx=tx, phases=alone).params
     rows = next(batches(stages(1)[0].train, None, 16))
-    np.testing.assert_allclose(kept["nll"], MODEL.apply(SPEC, model, rows).nll, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(kept["nll"], APPLY(SPEC, model, rows).nll, rtol=1e-4, atol=1e-4)
     valid = sum(int((rows["weight"][i] > 0).sum()) for i in range(16))
     total = sum(r["weight"] for r in done.log if r["phase"] == "train")
     assert abs(total - 0.6 * valid) <= 1, "two batches, each rounded"
@@ -244,7 +245,7 @@ def test_without_a_phase_the_reference_is_the_model_as_the_stage_begins(tmp_path
     between = Between(experiment([rho1(reference=None, dtype="float32")]), lambda: None)
     between.begin(0)
     rows = next(batches(stages(1)[0].train, None, 16))
-    want = MODEL.apply(SPEC, weights(), rows).nll
+    want = APPLY(SPEC, weights(), rows).nll
     np.testing.assert_allclose(between.owns["rho1"]["fixed"]["nll"], want, rtol=1e-5, atol=1e-6)
     assert [p.name for p in between.plan(0)] == ["train"]
 
