@@ -39,6 +39,8 @@ _STATIC = (  # name, kind, group, card, paper
     ("olora", "method", "adapters", "cft/o-lora", "Wang et al. 2023, arXiv 2310.14152"),
     ("llama_pro", "method", "architecture", "cpt/llama-pro", "Wu et al. 2024, arXiv 2401.02415"),
     ("elle", "method", "architecture", "cpt/elle", "Qin et al. 2022, arXiv 2203.06311"),
+    ("ppo", "method", "alignment", "refine-align/rlhf-pieces", "Schulman et al. 2017, arXiv 1707.06347"),
+    ("grpo", "method", "alignment", "refine-align/rlhf-pieces", "Shao et al. 2024, arXiv 2402.03300"),
     ("rewarm", "transform", "optimizer", "cpt/rewarm-gupta", "Gupta et al. 2023, arXiv 2308.04014"),
     (
         "infinite",
