@@ -24,6 +24,7 @@ from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
 from jaxcl.methods.generative_replay import generative_replay
 from jaxcl.methods.hat import hat
+from jaxcl.methods.grpo import grpo
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
 from jaxcl.methods.lamol import lamol
@@ -31,6 +32,7 @@ from jaxcl.methods.llama_pro import llama_pro
 from jaxcl.methods.lora import lora
 from jaxcl.methods.lwf import lwf
 from jaxcl.methods.olora import olora
+from jaxcl.methods.ppo import ppo
 from jaxcl.methods.replay import replay
 from jaxcl.methods.rho1 import rho1
 from jaxcl.methods.si import si
@@ -60,6 +62,8 @@ METHODS = {
     "olora": lambda: olora(max_stages=2, **ADAPTER),
     "llama_pro": lambda: llama_pro(groups=2),
     "elle": lambda: elle(growth=({"heads": 2, "layers": 1},), capacity=20, recover=4, segments=2),
+    "ppo": lambda: ppo(reward="token:7", max_new=4, ptx=0.1, reference="ema"),
+    "grpo": lambda: grpo(reward="token:7", max_new=4, group=2, epochs=2),
 } | theirs("ROWS")
 
 

@@ -22,6 +22,7 @@ from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
 from jaxcl.methods.generative_replay import generative_replay
 from jaxcl.methods.hat import hat
+from jaxcl.methods.grpo import grpo
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
 from jaxcl.methods.lamol import lamol
@@ -29,6 +30,7 @@ from jaxcl.methods.llama_pro import llama_pro
 from jaxcl.methods.lora import lora
 from jaxcl.methods.lwf import lwf
 from jaxcl.methods.olora import olora
+from jaxcl.methods.ppo import ppo
 from jaxcl.methods.replay import replay
 from jaxcl.methods.rho1 import rho1
 from jaxcl.methods.si import si
@@ -62,6 +64,8 @@ ROWS: dict[str, Callable[[], Method]] = {
     "olora": lambda: olora(norm_strength=0.1, **BANK),
     "llama_pro": lambda: llama_pro(groups=2),
     "elle": lambda: elle(growth=({"heads": 2}, {"layers": 1}), capacity=12, recover=2, segments=2, noise=0.0),
+    "ppo": lambda: ppo(reward="token:7", max_new=4, ptx=0.1),
+    "grpo": lambda: grpo(reward="token:7", max_new=4, group=2, epochs=2),
 }
 GROWING = ("llama_pro", "elle")  # a surgery at the start of a stage is one more compilation
 ADAPTERS = ("lora", "lora merged", "inclora", "olora")
@@ -69,6 +73,7 @@ REFUSED = [
     *itertools.combinations(ADAPTERS, 2),  # on the same sites
     *(("hat", name) for name in (*ADAPTERS, "llama_pro")),  # HAT cannot protect what these train through all stages
 ]
+ROLLOUTS = ("ppo", "grpo")  # of which a phase has one
 # What must be the same as training without any method: a strength of nothing is nothing, bit for bit.
 NOTHING: dict[str, Callable[[], Method]] = {
     "joint": lambda: replay(ratio=0.0),

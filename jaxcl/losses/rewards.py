@@ -72,7 +72,7 @@ def named(what: str | Reward, where: str) -> tuple[str, Reward]:
 
 
 def each_stage(given: str | Reward | Sequence[str | Reward], where: str) -> tuple[list[str], list[Reward]]:
-    """(names, rewards) of one for all stages, or of a list with one for each. RequestError: an empty list; see `named`."""
+    """(names, rewards) of one for all stages, or of one for each. RequestError: an empty list; see `named`."""
     listed = [given] if isinstance(given, str) or callable(given) else list(given)
     if not listed:
         raise RequestError(f"{where}: no reward; accepted: a name or function, or a list with one for each stage")
