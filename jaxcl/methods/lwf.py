@@ -66,6 +66,8 @@ def lwf(
     def loss(ctx: Ctx) -> dict[str, jax.Array]:
         assert ctx.head is not None
         at, batch = before(ctx.batch), ctx.batch
+        if teacher == "topk" and "old_logp" in batch:
+            raise RequestError("lwf: teacher 'topk' knows the rows' own answers, not rollouts; use a snapshot")
         new = (batch["source"] == 0)[:, None]
         wanted = {"new": new, "old": ~new, "all": jnp.ones_like(new)}[rows]
         mask = (ctx.weight > 0) & (wanted & new if teacher == "topk" else wanted)
