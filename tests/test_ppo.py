@@ -18,14 +18,15 @@ from jaxcl.core.checkpoint import Store
 from jaxcl.core.paths import merge, split
 from jaxcl.core.progress import Reporter
 from jaxcl.core.run import train
-from jaxcl.core.types import Clock, Ctx, Method, Phase, State
+from jaxcl.core.types import Clock, Ctx, Method, Phase, State, World
 from jaxcl.data.pipeline import masked, stack
 from jaxcl.errors import Interrupted, RequestError
 from jaxcl.methods.grpo import grpo
 from jaxcl.methods.lora import lora
 from jaxcl.methods.olora import olora
-from jaxcl.methods.ppo import BIAS, KERNEL, ppo
+from jaxcl.methods.ppo import BIAS, KERNEL, ppo, values
 from jaxcl.methods.rollouts import averaging
+from jaxcl.surgery.width import Sizes, widen
 
 pytestmark = pytest.mark.usefixtures("quick")
 STOPS, NEW, COEF = (1, 2, 3, 4, 5, 6, 8, 9), 5, 0.3
@@ -318,6 +319,20 @@ def test_the_averaged_reference_follows_the_policy():
 def test_the_value_head_does_not_touch_the_model(one):
     bare = {k: v for k, v in one.params.items() if not k.startswith("value_head/")}
     assert np.array_equal(nll_of(one.params), nll_of(bare))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_value_head_grows_with_the_model(tied):
+    """Twice the width, every unit copied once: the same values, within rounding."""
+    spec = dataclasses.replace(SPEC, tied=tied)
+    head = {KERNEL: jax.random.normal(jax.random.key(1), (16, 1)), BIAS: jnp.ones(1)}
+    old = World(spec, {**weights(spec), **head}, frozenset(), 0, 0, jax.random.key(0), None, {}, ())
+    new = widen(old, Sizes(32, 2, 64), even=True)
+    rows = stack([Answers("held out", 6, seed=9)[i] for i in range(6)])
+    hidden = [MODEL.apply(w.spec, w.params, rows).hidden for w in (old, new)]
+    before, after = (values(w.params, h, rows["targets_at"]) for w, h in zip((old, new), hidden))
+    assert new.params[KERNEL].shape == (32, 1)
+    np.testing.assert_allclose(after, before, atol=1e-5)
 
 
 def test_dropout_is_off_in_training_and_the_value_head_outlives_stages():

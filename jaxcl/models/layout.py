@@ -64,7 +64,7 @@ def axes(spec: DecoderSpec, params: Mapping[str, Any]) -> dict[str, Axes]:
     Adapters follow their kernel: ``lora_a`` [r, in] its input axis, ``lora_b`` [out, r] its output axis;
     ranks, slots, stacked layers and keys the decoder does not know have None.
     """
-    table = layout(spec)
+    table = layout(spec) | {"value_head/kernel": Leaf((spec.width, 1), ("embed", None), 0.0)}
     if spec.tied:
         table["head/kernel"] = Leaf((spec.width, spec.vocab), ("embed", "vocab"), None)
     return {path: _axes(table, path, leaf.ndim) for path, leaf in params.items()}

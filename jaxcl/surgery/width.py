@@ -25,7 +25,7 @@ from jaxcl.surgery.edit import Edit, Origin, operated
 READS = {"kernel": -2, "lora_a": -1, "bank_a": -1}
 """The axis of a tensor that reads units; all its other named axes write them."""
 
-SHARED = ("/lora_scale", "/bank_scale", "vocab_bias")
+SHARED = ("/lora_scale", "/bank_scale", "vocab_bias", "value_head/bias")
 """Keys beside those of the layout whose entries are no units."""
 
 
@@ -125,7 +125,8 @@ def _origin(path: str, x: Any, named: tuple[str | None, ...], maps: _Maps, tied:
     rank = x.ndim - stacked
     name = path.rpartition("/")[2]
     layers = [int(p.split("/")[1]) if p.startswith("layers/") else -1 for p in concrete(path)]
-    reads = None if path == "embed/kernel" else READS.get(name)
+    undivided = path == "embed/kernel" or (tied and path == "value_head/kernel")  # the last norm did that for it
+    reads = None if undivided else READS.get(name)
     index: dict[int, np.ndarray] = {}
     value: dict[int, np.ndarray] = {}
     gradient: dict[int, np.ndarray] = {}
