@@ -71,9 +71,9 @@ GROWING = ("llama_pro", "elle")  # a surgery at the start of a stage is one more
 ADAPTERS = ("lora", "lora merged", "inclora", "olora")
 REFUSED = [
     *itertools.combinations(ADAPTERS, 2),  # on the same sites
-    *(("hat", name) for name in (*ADAPTERS, "llama_pro")),  # HAT cannot protect what these train through all stages
+    *(("hat", name) for name in (*ADAPTERS, "llama_pro", "ppo")),  # HAT cannot protect what these train always
+    ("ppo", "grpo"),  # a phase has rollouts of one
 ]
-ROLLOUTS = ("ppo", "grpo")  # of which a phase has one
 # What must be the same as training without any method: a strength of nothing is nothing, bit for bit.
 NOTHING: dict[str, Callable[[], Method]] = {
     "joint": lambda: replay(ratio=0.0),
@@ -173,9 +173,6 @@ def compatible() -> list[tuple[str, str]]:
     """Every method with every other; the variants of one method share its step, and GRPO's rollouts are PPO's."""
     first = {make().name: row for row, make in reversed(ROWS.items())}.values()
     pairs = [p for p in itertools.combinations(reversed(first), 2) if p not in REFUSED]
-    return [p for p in pairs if not OUTSIDE.keys() & p or {*MEETS} & {*p}]
-    refused = [*itertools.combinations(ADAPTERS, 2), ROLLOUTS]
-    pairs = [p for p in itertools.combinations(reversed(first), 2) if p not in refused]
     return [p for p in pairs if not {*OUTSIDE, "grpo"} & {*p} or {*MEETS} & {*p}]
 
 
