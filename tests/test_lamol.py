@@ -217,3 +217,14 @@ def test_more_stages_than_start_tokens_grow_again_and_other_memories_follow(tmp_
 def test_bad_arguments(arguments, words):
     with pytest.raises(RequestError, match=words):
         lamol(**arguments)
+
+
+def test_the_experiments_rows_are_trained_on_or_tested_never_both():
+    from jaxcl import experiment_files
+
+    module = experiment_files.load("lamol")
+    for task in module.TASKS:
+        train, test = module.rows(task)
+        assert len(train) >= 320 and len(test) >= 64 and not {r["input"] for r in train} & {r["input"] for r in test}
+        assert all(r["target"] in r["labels"] and len(r["input"]) <= module.LONGEST for r in train + test)
+    assert [len(s.train) for s in module.build(module.Config(rows=40)).stages] == [40, 40, 40]

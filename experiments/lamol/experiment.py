@@ -34,7 +34,7 @@ Pairs = list[tuple[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Defaults: half a minute a run on two free cores."""
+    """Defaults: about half a minute a run on two free cores."""
 
     gamma: float = 0.2
     strength: float = 0.25  # of L_LM; 0 with gamma 0 is plain fine-tuning
