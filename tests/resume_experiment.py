@@ -23,8 +23,8 @@ from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
 from jaxcl.methods.generative_replay import generative_replay
-from jaxcl.methods.hat import hat
 from jaxcl.methods.grpo import grpo
+from jaxcl.methods.hat import hat
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
 from jaxcl.methods.lamol import lamol

@@ -21,8 +21,8 @@ from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
 from jaxcl.methods.generative_replay import generative_replay
-from jaxcl.methods.hat import hat
 from jaxcl.methods.grpo import grpo
+from jaxcl.methods.hat import hat
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
 from jaxcl.methods.lamol import lamol
@@ -170,9 +170,10 @@ def test_stacked_layers_train_as_unstacked_ones(trained, name):
 
 
 def compatible() -> list[tuple[str, str]]:
-    """Every method with every other; the variants of one method share its step, and GRPO's rollouts are PPO's."""
+    """Every method with every other; the variants of one method share its step, and GRPO's rollouts are PPO's.
+    What Rho-1 noted of rows says nothing of rollouts, see test_ppo."""
     first = {make().name: row for row, make in reversed(ROWS.items())}.values()
-    pairs = [p for p in itertools.combinations(reversed(first), 2) if p not in REFUSED]
+    pairs = [p for p in itertools.combinations(reversed(first), 2) if p not in [*REFUSED, ("rho1", "ppo")]]
     return [p for p in pairs if not {*OUTSIDE, "grpo"} & {*p} or {*MEETS} & {*p}]
 
 

@@ -23,8 +23,10 @@ from jaxcl.data.pipeline import masked, stack
 from jaxcl.errors import Interrupted, RequestError
 from jaxcl.methods.grpo import grpo
 from jaxcl.methods.lora import lora
+from jaxcl.methods.lwf import lwf
 from jaxcl.methods.olora import olora
 from jaxcl.methods.ppo import BIAS, KERNEL, ppo, values
+from jaxcl.methods.rho1 import rho1
 from jaxcl.methods.rollouts import averaging
 from jaxcl.surgery.width import Sizes, widen
 
@@ -392,6 +394,14 @@ def test_what_the_rollouts_would_stumble_over_is_refused_before_training(tmp_pat
     b.begin(1)
     with pytest.raises(RequestError, match="'embed/kernel' is trained in stage 1, but the reference"):
         b.plan(0)
+
+
+def test_what_was_noted_of_rows_is_not_used_on_rollouts(one):
+    ctx = one.ctx(one.params, one.rollout)._replace(head=MODEL.head)
+    with pytest.raises(RequestError, match="'topk' knows the rows' own answers"):
+        lwf(teacher="topk").loss(ctx)
+    with pytest.raises(RequestError, match="precomputed scores are of the rows' own answers"):
+        rho1().weigh(ctx._replace(own={"fixed": {"nll": jnp.zeros((8, NEW))}}))
 
 
 def test_a_phase_of_its_own_leaves_the_others_alone(tmp_path):

@@ -102,6 +102,8 @@ def rho1(
         if scores == "live":
             params = jax.lax.stop_gradient({**ctx.params, **fixed["model"]})
             return ctx.model(ctx.spec, params, ctx.batch).nll
+        if "old_logp" in ctx.batch:
+            raise RequestError(f"{name}: precomputed scores are of the rows' own answers, not rollouts; use 'live'")
         return fixed["nll"][jnp.maximum(ctx.batch["row"], 0)].astype(jnp.float32)
 
     phased = selection == "excess" and reference is not None
