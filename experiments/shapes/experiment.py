@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from typing import Any
 
@@ -25,7 +26,7 @@ class Config:
     """Defaults: about four minutes on two cores with all weights trained. rows, test_rows null: the full sets."""
 
     method: str = "llama_pro"
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the method's constructor
+    options: str = "{}"  # of the method's constructor, as a JSON object
     model: str = "smollm2-135m-instruct"
     order: str = "olora/order_1"
     stages: tuple[int, ...] = (3, 0)  # of the order: AG News, then dbpedia
@@ -43,6 +44,10 @@ def build(cfg: Config) -> Experiment:
     chosen = constructor(cfg.method, where="--set method")
     if METHODS[cfg.method]["kind"] == "transform":
         raise RequestError(f"{cfg.method!r} is an optimizer's transform; accepted: a method (jaxcl list methods)")
+    try:
+        made = chosen(**json.loads(cfg.options))
+    except (ValueError, TypeError) as e:
+        raise RequestError(f"options={cfg.options}: {e}; accepted: a JSON object of {cfg.method}'s arguments") from e
     data = os.environ.get("JAXCL_DATA")
     model, params, tokenizer, source = load(cfg.model)
     shared: dict[str, Any] = {"window": cfg.window, "template": "plain", "seed": cfg.seed}
@@ -56,7 +61,7 @@ def build(cfg: Config) -> Experiment:
         source=source,
         stages=picked,
         evals=[e for e in evals if e.id in taught],
-        methods=[chosen(**cfg.options)],
+        methods=[made],
         tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(cfg.learning_rate, weight_decay=0.0)),
         batch_size=cfg.batch_size,
         epochs=cfg.epochs,
