@@ -1,7 +1,8 @@
 """JSON Lines files, plain or gzip: read, checked against a schema, refused with file, line and field.
 
-Two schemas are known: ``instruct`` (an instruction, an input and the wanted answer) and ``text`` (a
-document). Fields that a schema does not name are kept as they are.
+Three schemas are known: ``instruct`` (an instruction, an input and the wanted answer), ``text`` (a document) and
+``edit`` (a prompt with its new answer, other wordings of it, and a prompt whose answer must stay). Fields that a
+schema does not name are kept as they are.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ MAX_LINE = 4 << 20
 """A longer line is refused before it is parsed: no row of text is that long, a damaged file may be."""
 
 _STRINGS = "a list of strings"
+_ANY_STRINGS = "a list of strings, which may be empty"
+_EDIT = ("id", "subject", "prompt", "target", "locality_prompt", "locality_target")
 REQUIRED = {
     "instruct": {"task": str, "id": str, "instruction": str, "input": str, "target": str},
     "text": {"id": str, "text": str},
+    "edit": dict.fromkeys(_EDIT, str),
 }
 OPTIONAL: dict[str, dict[str, Any]] = {
     "instruct": {"labels": _STRINGS, "targets": _STRINGS, "answer": (str, int, float), "count": int},
     "text": {"domain": str, "lang": str, "date": str},
+    "edit": {"target_true": str, "rephrases": _ANY_STRINGS, "loc_train_prompt": str},
 }
 
 
@@ -80,8 +85,9 @@ def check_row(row: Any, schema: str | None, where: str) -> dict[str, Any]:
     for field, kind in OPTIONAL[schema].items():
         if row.get(field) is not None:
             _check(row[field], kind, field, where)
-    if schema == "instruct" and not row["target"]:
-        raise RequestError(f"{where}: field 'target' is empty; a row needs an answer to learn")
+    for field in ("prompt", "target"):  # what is learned, and what it is learned for
+        if field in REQUIRED[schema] and not row[field]:
+            raise RequestError(f"{where}: field {field!r} is empty; a row needs an answer to learn")
     return row
 
 
@@ -128,9 +134,10 @@ def _parse(line: bytes, schema: str | None, where: str) -> dict[str, Any]:
 
 
 def _check(value: Any, kind: Any, field: str, where: str) -> None:
-    if kind is _STRINGS:
-        good = isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
-        wanted = "a list of strings, not empty"
+    if kind in (_STRINGS, _ANY_STRINGS):
+        good = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        good = good and (bool(value) or kind is _ANY_STRINGS)
+        wanted = "a list of strings, not empty" if kind is _STRINGS else kind
     else:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         good = isinstance(value, kinds) and not isinstance(value, bool)

@@ -1,7 +1,8 @@
 """Label ranking: the answer is the label that the model finds most likely after the prompt.
 
-The prompt is run once and cached; then one block holds every label in a segment of its own, begun by the
-prompt's last token, so no label sees another. Suffix letters: B rows, T prompt tokens, N tokens of the block.
+The prompt is run once and cached, with what a router decided at its last token; then one block holds every label in
+a segment of its own, begun by that token again, so no label sees another. Suffix letters: B rows, T prompt tokens,
+N tokens of the block.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class _Ranking:
             pairs = zip(self.rows, self.rooms)
             self.prompts = [fit_prompt(row, self.template, self.tokenizer, room) for row, room in pairs]
         items: list[Item] = [{}] * len(self.rows)
-        sizes = [bucket(len(p) - 1, self.window) for p in self.prompts]
+        sizes = [bucket(len(p), self.window) for p in self.prompts]
         tokens = max(sum(1 + len(label) for label in labels) for labels in self.labels)
         block_size, done = -(-tokens // BLOCK) * BLOCK, 0
         for size, members in grouped(sizes, self.batch_size):
@@ -124,13 +125,13 @@ class _Ranking:
     def _batch(self, members: Sequence[int], size: int, block_size: int) -> tuple[Batch, Batch]:
         prompts, blocks = [], []
         for i in members:
-            *before, last = self.prompts[i]
+            ids = self.prompts[i]
             prompt = {name: np.zeros(size, np.int32) for name in ("tokens", "segments", "positions")}
-            prompt["tokens"][: len(before)] = before
-            prompt["segments"][: len(before)] = 1
-            prompt["positions"][: len(before)] = np.arange(len(before))
+            prompt["tokens"][: len(ids)] = ids
+            prompt["segments"][: len(ids)] = 1
+            prompt["positions"][: len(ids)] = np.arange(len(ids))
             prompts.append(prompt)
-            blocks.append(label_block(last, len(before), self.labels[i], block_size))
+            blocks.append(label_block(ids[-1], len(ids) - 1, self.labels[i], block_size))
         return tuple(  # type: ignore[return-value]
             {name: filled([one[name] for one in part], self.batch_size) for name in part[0]}
             for part in (prompts, blocks)
