@@ -29,6 +29,7 @@ _HOME = {
     "jaxcl.methods.generative_replay": "generative_replay",
     "jaxcl.methods.hat": "hat",
     "jaxcl.methods.grpo": "grpo",
+    "jaxcl.methods.grace": "grace",
     "jaxcl.methods.inclora": "inclora",
     "jaxcl.methods.joint": "joint",
     "jaxcl.methods.lamol": "lamol",

@@ -41,6 +41,7 @@ _STATIC = (  # name, kind, group, card, paper
     ("elle", "method", "architecture", "cpt/elle", "Qin et al. 2022, arXiv 2203.06311"),
     ("ppo", "method", "alignment", "refine-align/rlhf-pieces", "Schulman et al. 2017, arXiv 1707.06347"),
     ("grpo", "method", "alignment", "refine-align/rlhf-pieces", "Shao et al. 2024, arXiv 2402.03300"),
+    ("grace", "method", "editing", "refine-align/grace", "Hartvigsen et al. 2023, arXiv 2211.11031"),
     ("rewarm", "transform", "optimizer", "cpt/rewarm-gupta", "Gupta et al. 2023, arXiv 2308.04014"),
     (
         "infinite",

@@ -23,6 +23,7 @@ from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
 from jaxcl.methods.generative_replay import generative_replay
+from jaxcl.methods.grace import grace
 from jaxcl.methods.grpo import grpo
 from jaxcl.methods.hat import hat
 from jaxcl.methods.inclora import inclora
@@ -54,6 +55,7 @@ METHODS = {
     "agem": lambda: agem(capacity=10),
     "gem": lambda: gem(capacity=10, max_stages=2),
     "hat": lambda: hat(max_stages=2),
+    "grace": lambda: grace(eps_init=0.1, n_iter=3),
     "rho1": lambda: rho1(reference=0.3),
     "live": lambda: rho1(reference=None, scores="live"),
     "lora": lambda: lora(**ADAPTER),

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcl.core.types import Apply, Batch, Clock, Ctx, Method, Outputs, Own, Params, World, method
+from jaxcl.core.types import Apply, Batch, Clock, Ctx, Method, Outputs, Own, Params, Phase, World, method
 from jaxcl.errors import RequestError, RunFailed, unknown
 from jaxcl.methods.inner import Upper, descend
 from jaxcl.methods.router import REPLACED, Router, routed
 from jaxcl.models.spec import DecoderSpec
-from jaxcl.models.stacking import alone
 from jaxcl.models.taps import tap_names
 from jaxcl.surgery.codebook import Codebook, Rules, edited, empty, grown, lookup
+from jaxcl.surgery.stacks import apart
 
 VALUES = ("cold", "warm")
 EXPANSIONS = ("coverage", "moving_average")
@@ -68,19 +68,33 @@ def grace(
     def begin(world: World, own: Own | None) -> tuple[World, Own]:
         """The site's layer under a key of its own, and room for every row of the stage."""
         here = located(world.spec, site)
-        params, spec = alone(world.params, world.spec, layer_of(here))
+        world = apart(world, layer_of(here))
         batch = next(world.tools.batches(world.stage, 1))
         if "targets_at" not in batch:
             raise RequestError("grace edits answers: its rows need a prompt and a target, not plain text")
         longest = batch["targets_at"].shape[1]
-        if own and own["live"]:
-            live = own["live"]
-        else:
-            inputs, outputs = params[f"{here}/kernel"].shape
-            book = empty(capacity, inputs, outputs, longest)
-            live = {"book": book, "made": jnp.zeros(3, jnp.int32), "refused": jnp.zeros((), jnp.int32)}
-        book = grown(live["book"], world.tools.size(world.stage), longest)
-        return world._replace(params=params, spec=spec), {"live": {**live, "book": book}}
+        if own is None:
+            inputs, outputs = world.params[f"{here}/kernel"].shape
+            count = {"made": jnp.zeros(3, jnp.int32), "refused": jnp.zeros((), jnp.int32)}
+            own = {
+                "live": {"book": empty(capacity, inputs, outputs, longest), **count},
+                "host": {"site": here, "layers": world.spec.layers},
+            }
+        book = grown(own["live"]["book"], world.tools.size(world.stage), longest)
+        return world, {**own, "live": {**own["live"], "book": book}}
+
+    def plan(world: World, own: Own, phases: list[Phase]) -> list[Phase]:
+        """Nothing to add, but what the edits stand on must stay as it is."""
+        for path in sorted(world.trained):
+            trains = world.owner.get(path, "another method")
+            why = f"edits hold in a frozen model, and {path!r} is trained"
+            raise RequestError(f"methods {name!r} and {trains!r} do not go together: {why}")
+        book, kernel = own["live"]["book"], world.params.get(f"{own['host']['site']}/kernel")
+        widths = (book["keys"].shape[1], book["values"].shape[1])
+        if kernel is None or kernel.shape != widths or world.spec.layers != own["host"]["layers"]:
+            why = f"its keys and values are of {own['host']['site']} as that was"
+            raise RequestError(f"{name!r} does not go with a method by which the model grows: {why}")
+        return phases
 
     def mask(world: World, own: Own) -> dict[str, bool]:
         return dict.fromkeys(world.params, False)
@@ -135,9 +149,10 @@ def grace(
         refused, size = int(own["live"]["refused"]), len(own["live"]["book"]["eps"])
         if refused:
             raise RunFailed(f"grace: {refused} edits found all {size} keys in use; give it a larger capacity")
-        return world, own
+        made = dict(zip(("added", "expanded", "split"), own["live"]["made"].tolist()))
+        return world._replace(notes={**world.notes, name: {"keys": int(own["live"]["book"]["n"]), **made}}), own
 
-    return Method(name=name, packs=False, begin=begin, mask=mask, wrap=wrap, observe=observe, end=end)
+    return Method(name=name, packs=False, begin=begin, mask=mask, plan=plan, wrap=wrap, observe=observe, end=end)
 
 
 def located(spec: Any, site: str | None) -> str:

@@ -26,7 +26,7 @@ def exact_match(matches: Matches) -> float:
 
 
 class Stream(NamedTuple):
-    """After each edit: edit_success, the score of the edit just made; retention, the mean over all edits so far (ERR)."""
+    """After each edit: edit_success, that of the last edit (ES); retention, the mean over all of them (ERR)."""
 
     edit_success: list[float]
     retention: list[float]
@@ -54,8 +54,8 @@ Pairs = Sequence[tuple[float, float]]
 
 
 def counterfact(rewrite: Pairs, paraphrase: Pairs, neighborhood: Pairs) -> dict[str, float]:
-    """ES, PS: share of prompts where the new object is likelier; EM, PM: mean difference; NS, NM: the same the other way
-    round on neighbours; S: harmonic mean of ES, PS and NS, 0 where one of them is."""
+    """ES, PS: share of prompts where the new object is likelier; EM, PM: mean difference; NS, NM: on neighbours, the
+    other way round; S: harmonic mean of ES, PS and NS, 0 where one of them is."""
     sides = {"E": (rewrite, 1.0), "P": (paraphrase, 1.0), "N": (neighborhood, -1.0)}
     gaps = {name: sign * -np.diff(np.asarray(pairs, np.float64), axis=1) for name, (pairs, sign) in sides.items()}
     found = {f"{name}S": float(np.mean(gap > 0)) for name, gap in gaps.items()}

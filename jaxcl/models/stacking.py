@@ -39,21 +39,6 @@ def restack(
     return _stacked(_single(tree, source), target), target
 
 
-def alone(params: Mapping[str, Any], spec: DecoderSpec, layer: int) -> tuple[dict[str, Any], DecoderSpec]:
-    """`restack` such that ``layer`` has keys of its own; the rest of its stack stays stacked on both sides of it."""
-    segments: list[Any] = []
-    start = 0
-    for kinds, repeats in spec.segments:
-        before, size = (layer - start) // len(kinds), len(kinds) * repeats
-        inside = repeats > 1 and start <= layer < start + size
-        parts = (before, 1, repeats - before - 1) if inside else (repeats,)
-        segments += [(kinds, n) for n in parts if n]
-        start += size
-    if tuple(segments) == spec.segments:
-        return dict(params), spec
-    return restack(params, spec, tuple(segments))
-
-
 def restack_tree(tree: Any, spec: DecoderSpec, segments: Segments) -> Any:
     """`restack` on every dict of parameter paths inside any pytree: optimizer states, Fisher, anchors."""
 
