@@ -78,7 +78,6 @@ REFUSED = [
     *((name, "grace") for name in ("hat", *ADAPTERS, "llama_pro")),  # GRACE's edits hold in a frozen model
     ("grace", "ppo"),  # as above
 ]
-LATER = [("grace", "elle")]  # refused when the model grows, see test_grace.py
 # What must be the same as training without any method: a strength of nothing is nothing, bit for bit.
 NOTHING: dict[str, Callable[[], Method]] = {
     "joint": lambda: replay(ratio=0.0),
