@@ -33,6 +33,7 @@ from jaxcl.surgery.width import Sizes, widen
 pytestmark = pytest.mark.usefixtures("quick")
 STOPS, NEW, COEF = (1, 2, 3, 4, 5, 6, 8, 9), 5, 0.3
 SMALL = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
+STILL = SMALL | {"dropout": 0.0}
 
 
 class Collected:
@@ -269,9 +270,9 @@ def second_stage(adapter: Method, method: Method) -> Between:
 
 
 ADAPTERS = {
-    "plain": lambda: lora(**SMALL),
-    "merged": lambda: lora(merged=True, **SMALL),
-    "bank": lambda: olora(max_stages=3, **SMALL),
+    "plain": lambda: lora(**STILL),
+    "merged": lambda: lora(merged=True, **STILL),
+    "bank": lambda: olora(max_stages=3, **STILL),
 }
 
 
@@ -300,7 +301,7 @@ def test_the_previous_reference_is_the_policy_at_the_start_of_the_stage(adapter,
 
 def test_every_stage_has_its_reference_and_its_reward(tmp_path):
     method = ppo(reward=[one_more, two_more], max_new=4)
-    done = run([method, olora(max_stages=3, **SMALL)], tmp_path / "out", n=2, rows=8)
+    done = run([olora(max_stages=3, **SMALL), method], tmp_path / "out", n=2, rows=8)
     rewards, kl = ([r[k] for r in done.log] for k in ("reward", "kl"))
     assert rewards == [1.0] * 4 + [2.0] * 4
     assert kl[0] == kl[4] == 0, "also where the adapter moved into the bank"
@@ -337,13 +338,19 @@ def test_the_value_head_grows_with_the_model(tied):
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
-def test_dropout_is_off_in_training_and_the_value_head_outlives_stages():
-    method = ppo(reward="token:7")
-    spec = dataclasses.replace(SPEC, adapter_dropout=0.5)
-    asked = []
-    method.wrap(lambda spec, *a, **kw: asked.append((spec, kw)), None, Clock.at())(spec, {}, {}, train=True)
-    assert asked == [(SPEC, {"train": True})]
-    b = Between(experiment([method]), lambda: None)
+def test_dropout_is_off_and_a_run_can_be_exported():
+    """An adapter behind the rollouts would turn it on again; a `wrap` would be part of the model."""
+    for method in (ppo(), grpo()):
+        b = Between(experiment([lora(**SMALL), method]), lambda: None)
+        b.begin(0)
+        b.plan(0)
+        assert b.world.spec == SPEC and "wrap" not in method.slots
+        with pytest.raises(RequestError, match=r"adapter dropout is 0\.1; list"):
+            planned(method, lora(**SMALL))
+
+
+def test_the_value_head_outlives_stages():
+    b = Between(experiment([ppo(reward="token:7")]), lambda: None)
     b.begin(0)
     assert not np.any(b.world.params[KERNEL]) and b.owner == {KERNEL: "ppo", BIAS: "ppo"}
     b.world = b.world._replace(params={**b.world.params, KERNEL: jnp.ones((16, 1))})

@@ -64,6 +64,9 @@ def grpo(
     how = rollouts.Sampling(max_new, tuple(stop_ids), prompt)
     follow = rollouts.following(reference, decay, name)
 
+    def begin(world: World, own: Own | None) -> tuple[World, Own]:
+        return rollouts.without_dropout(world), own or {}
+
     def init(world: World) -> Own:
         return rollouts.hold(world, reference)
 
@@ -102,6 +105,6 @@ def grpo(
         return policy.masked_mean(jnp.sum(ctx.weight * each, axis=1) / divisor, rollouts.real(batch["weight"]))
 
     return Method(
-        name=name, hparams={"reward": names}, packs=False, kinds={"reference": "value"}, init=init, plan=plan,
-        collect=collect, wrap=rollouts.without_dropout, **follow,
+        name=name, hparams={"reward": names}, packs=False, kinds={"reference": "value"}, begin=begin, init=init,
+        plan=plan, collect=collect, **follow,
     )  # fmt: skip

@@ -56,10 +56,10 @@ def ppo(
     ``kl_target`` nats a response (None: constant). ptx: weight of the language model's loss on the rows' own targets.
     phase: the one phase to train so (None: all). Defaults are trlx's.
 
-    The value head is ``value_head/*``, linear and zero at first. Log: ``reward`` as given, ``kl`` to the reference
-    (k3, nats a response), ``kl_coef``, ``response_tokens``. Under accumulation the parts of a batch count by their
-    response tokens. Raises RequestError for values out of range, unknown names, a stage without a reward, a window that
-    does not leave room for the response.
+    The value head is ``value_head/*``, linear and zero at first. Adapter dropout is turned off; list adapters in front.
+    Log: ``reward`` as given, ``kl`` to the reference (k3, nats a response), ``kl_coef``, ``response_tokens``. Under
+    accumulation the parts of a batch count by their response tokens. Raises RequestError for values out of range,
+    unknown names, a stage without a reward, a window that does not leave room for the response.
     """
     names, rewards = each_stage(reward, name)
     rollouts.check(
@@ -74,6 +74,7 @@ def ppo(
     follow = rollouts.following(reference, decay, name)
 
     def begin(world: World, own: Own | None) -> tuple[World, Own]:
+        world = rollouts.without_dropout(world)
         return (with_value_head(world), {}) if own is None else (world, own)
 
     def init(world: World) -> Own:
@@ -142,7 +143,7 @@ def ppo(
 
     return Method(
         name=name, hparams={"reward": names}, packs=False, kinds={"reference": "value"}, begin=begin, init=init,
-        plan=plan, collect=collect, loss=loss, wrap=rollouts.without_dropout, **follow,
+        plan=plan, collect=collect, loss=loss, **follow,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.core.types import Apply, Batch, Clock, Ctx, Outputs, Own, Params, Phase, World
+from jaxcl.core.types import Batch, Ctx, Own, Params, Phase, World
 from jaxcl.errors import RequestError, unknown
 from jaxcl.losses.policy import k3, masked_mean
 
@@ -166,9 +166,12 @@ def planned(
 ) -> list[Phase]:
     """Refuses, before anything is trained, what the rollouts of these phases would stumble over.
 
-    Raises RequestError: prompt and response beyond the model's context, a stage without a reward, parameters that
-    the reference policy does not know, a phase ``which`` that does not exist.
+    Raises RequestError: dropout, prompt and response beyond the model's context, a stage without a reward, parameters
+    that the reference policy does not know, a phase ``which`` that does not exist.
     """
+    rate = getattr(world.spec, "adapter_dropout", 0.0)
+    if rate:
+        raise RequestError(f"{name}: adapter dropout is {rate}; list {name!r} behind the adapter, or give it 0")
     width = next(iter(world.tools.batches(world.stage, 1)))["tokens"].shape[1]
     context = getattr(world.spec, "context", None)
     if context is not None and width + how.max_new > context:
@@ -190,12 +193,8 @@ def planned(
     return [p for p in phases if which in (None, p.name)]
 
 
-def without_dropout(apply: Apply, own: Own, clock: Clock) -> Apply:
-    """`wrap`: with dropout the ratio of new and old policy would not start at 1."""
-
-    def quiet(spec: Any, params: Params, batch: Batch, **how: Any) -> Outputs:
-        if getattr(spec, "adapter_dropout", 0.0):
-            spec = dataclasses.replace(spec, adapter_dropout=0.0)
-        return apply(spec, params, batch, **how)
-
-    return quiet
+def without_dropout(world: World) -> World:
+    """The world with adapter dropout off: with it the ratio of new and old policy would not start at 1."""
+    if not getattr(world.spec, "adapter_dropout", 0.0):
+        return world
+    return world._replace(spec=dataclasses.replace(world.spec, adapter_dropout=0.0))
