@@ -69,7 +69,9 @@ class Between:
                     maker = self.owner.get(e.key, "the given weights")
                     raise RequestError(f"methods {maker!r} and {m.name!r} do not go together: {e}") from e
                 self.world = self.world._replace(params=dict(sorted(self.world.params.items())))
-                self._own(m, before, self.world.edits[seen:])
+                edits = tuple(dataclasses.replace(e, by=m.name) for e in self.world.edits[seen:])
+                self.world = self.world._replace(edits=(*self.world.edits[:seen], *edits))
+                self._own(m, before, edits)
                 for other in self.methods[:n]:  # those behind see these edits before their own begin
                     self.owns[other.name] = carry(self.owns[other.name], other.kinds, self.world.edits[seen:])
             self.owns[m.name] = whole(own)

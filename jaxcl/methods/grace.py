@@ -93,7 +93,8 @@ def grace(
         widths = (book["keys"].shape[1], book["values"].shape[1])
         if kernel is None or kernel.shape != widths or world.spec.layers != own["host"]["layers"]:
             why = f"its keys and values are of {own['host']['site']} as that was"
-            raise RequestError(f"{name!r} does not go with a method by which the model grows: {why}")
+            others = [e.by for e in world.edits if e.by != name] or ["another method"]
+            raise RequestError(f"methods {name!r} and {others[0]!r} do not go together: the model grows, and {why}")
         return phases
 
     def mask(world: World, own: Own) -> dict[str, bool]:

@@ -75,7 +75,7 @@ def _along(values: np.ndarray, axis: int) -> np.ndarray:
 class Edit:
     """``fills``: {path: its new value} of tensors started afresh; ``removed``: paths that are gone; ``moved``: {new
     path: Origin}, after which an old path is gone unless it is named again; ``born``: the fills that are new tensors.
-    ``exact``: whether the model computes the same function as before.
+    ``exact``: whether the model computes the same function as before. ``by``: the method, filled in by the core.
     """
 
     fills: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -83,6 +83,7 @@ class Edit:
     moved: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
     born: frozenset[str] = frozenset()
     exact: bool = True
+    by: str = ""
 
     @property
     def sources(self) -> frozenset[str]:
