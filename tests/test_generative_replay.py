@@ -85,9 +85,9 @@ def test_selection_takes_the_nearest_of_every_cluster_in_turn():
 def test_packing_is_exact():
     items = [Item((1, 2, 3), (4, END)), Item((0,), (9, 9, END))]
     assert pseudo.unpack(pseudo.pack(items)) == items and pseudo.pack([]) == {} and pseudo.unpack({}) == []
-    one, _ = pseudo.examples(items, 8, 3)
+    one, _ = pseudo.examples(items, 8, 3, {"task_id": 2})
     assert one["tokens"].tolist() == [1, 2, 3, 4, END, 0, 0, 0] and one["targets_at"].tolist() == [3, 4, 0]
-    assert one["row"] == -1
+    assert one["row"] == -1 and one["task_id"] == 2 and one["task_id"].dtype == np.int32
 
 
 @pytest.fixture(scope="module")

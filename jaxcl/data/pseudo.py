@@ -127,9 +127,11 @@ def unpack(arrays: Mapping[str, np.ndarray]) -> list[Item]:
     return [Item(tuple(prompt), tuple(answer)) for prompt, answer in pairs]
 
 
-def examples(items: Sequence[Item], window: int, targets: int) -> tuple[Example, ...]:
-    """The records of a stream: examples of the shape of a stage's own, ``row`` -1 (they are of no stage's rows)."""
-    return tuple(encode(item.prompt, item.answer, window, targets) for item in items)
+def examples(items: Sequence[Item], window: int, targets: int, more: Mapping[str, int]) -> tuple[Example, ...]:
+    """The records of a stream: examples of the shape of a stage's own, ``row`` -1 (they are of no stage's rows); more:
+    further fields i32[] that the stage's have."""
+    fields = {name: np.int32(value) for name, value in more.items()}
+    return tuple(encode(item.prompt, item.answer, window, targets) | fields for item in items)
 
 
 def texts(pseudo: Mapping[str, Mapping[str, np.ndarray]], tokenizer: Tokenizer) -> list[dict[str, Any]]:

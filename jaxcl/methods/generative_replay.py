@@ -116,7 +116,7 @@ def generative_replay(
         if not items:
             return Stream(stage, ())
         shape = shape_of(world)
-        return Stream(stage, pseudo.examples(items, shape.window, shape.targets))
+        return Stream(stage, pseudo.examples(items, shape.window, shape.targets, shape.fields(stage)))
 
     def end(world: World, own: Own) -> tuple[World, Own]:
         if oracle:

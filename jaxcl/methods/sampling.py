@@ -13,6 +13,8 @@ from jaxcl.core.types import Batch, Params, World
 from jaxcl.data.pseudo import padded
 from jaxcl.surgery.vocabulary import opened
 
+Fields = Mapping[str, int]
+
 
 class How(NamedTuple):
     """How to write: at most ``most`` tokens, up to one of ``stops``; the rest as in `jaxcl.models.generate.generate`.
@@ -28,11 +30,12 @@ class How(NamedTuple):
 
 
 def write(
-    world: World, prompts: Sequence[Sequence[int]], width: int, rows: int, how: How, key: jax.Array
+    world: World, prompts: Sequence[Sequence[int]], width: int, rows: int, how: How, key: jax.Array, more: Fields
 ) -> list[tuple[list[int], bool]]:
     """(ids that continue the prompt, without the stop; whether it came to one) of each prompt of at most ``width`` ids.
 
-    ``rows`` prompts at a time: one compilation for all calls of one ``width`` and ``how``.
+    ``rows`` prompts at a time: one compilation for all calls of one ``width`` and ``how``. more: further fields of a
+    row that the model reads (``task_id``), the same for all.
     """
     written: list[tuple[list[int], bool]] = []
     for at in range(0, len(prompts), rows):
@@ -40,6 +43,7 @@ def write(
         lengths = [len(p) for p in some] + [0] * (rows - len(some))
         block = padded([*some, *[()] * (rows - len(some))], width, fill=0)
         batch = {"tokens": block, "lengths": np.array(lengths, np.int32)}
+        batch |= {name: np.full(rows, value, np.int32) for name, value in more.items()}
         made, count = map(np.asarray, world.tools.call(_writer(how), batch, jax.random.fold_in(key, at)))
         written += [(ids[:n].tolist(), bool(n < how.most)) for ids, n in zip(made, count, strict=True)][: len(some)]
     return written
@@ -55,6 +59,7 @@ def _writer(how: How) -> Callable[[Any, Params, Batch, jax.Array], tuple[jax.Arr
         return forward.generate(
             said, batch["tokens"], batch["lengths"], max_new=how.most, stop_ids=how.stops, key=key, top_p=how.top_p,
             temperature=how.temperature, top_k=how.top_k, repetition_penalty=how.repetition_penalty,
+            batch={k: v for k, v in batch.items() if k not in ("tokens", "lengths")},
         )  # fmt: skip
 
     return writer

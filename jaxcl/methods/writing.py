@@ -13,7 +13,7 @@ from jaxcl.core.types import World
 from jaxcl.data import pseudo
 from jaxcl.data.pseudo import Item
 from jaxcl.errors import RequestError
-from jaxcl.methods.sampling import How, write
+from jaxcl.methods.sampling import Fields, How, write
 
 Host = Mapping[str, Any]
 
@@ -39,11 +39,16 @@ class Recipe(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Tokens of a window, targets of a row, rows of a batch."""
+    """Tokens of a window, targets of a row, rows of a batch; whether rows are told their task (`jaxcl.core.til`)."""
 
     window: int
     targets: int
     rows: int
+    told: bool = False
+
+    def fields(self, stage: int) -> dict[str, int]:
+        """What a row of this stage has beside its ids."""
+        return {"task_id": stage} if self.told else {}
 
 
 def shape_of(world: World) -> Shape:
@@ -51,7 +56,8 @@ def shape_of(world: World) -> Shape:
     batch = next(iter(world.tools.batches(world.stage, 1)))
     if "targets_at" not in batch:
         raise RequestError(f"stage {world.stage} has rows of plain text; accepted: rows of a prompt and an answer")
-    return Shape(batch["tokens"].shape[1], batch["targets_at"].shape[1], len(batch["tokens"]))
+    window, targets = batch["tokens"].shape[1], batch["targets_at"].shape[1]
+    return Shape(window, targets, len(batch["tokens"]), "task_id" in batch)
 
 
 def front_width(recipe: Recipe, window: int) -> int:
@@ -101,7 +107,8 @@ def rows_written(
         key = jax.random.fold_in(world.key, s)
         start = tokens[1 + (s if recipe.condition == "task" else 0)]
         asked = math.ceil(each * recipe.oversample)
-        items = sampled(world, host.get(f"rows_{s}"), start, tokens[0], end, recipe, asked, shape, key)
+        more = shape.fields(s)
+        items = sampled(world, host.get(f"rows_{s}"), start, tokens[0], end, recipe, asked, shape, key, more)
         # One START for all says nothing of the stage: then a row's answer may be any old stage's.
         labels = label_set(host, range(world.stage) if recipe.condition == "gen" else [s])
         good, counts = pseudo.sift(items, shape.window, shape.targets, labels)
@@ -111,7 +118,7 @@ def rows_written(
 
 def sampled(
     world: World, kept: np.ndarray | None, start: int, mark: int, end: int,
-    recipe: Recipe, asked: int, shape: Shape, key: jax.Array,
+    recipe: Recipe, asked: int, shape: Shape, key: jax.Array, more: Fields,
 ) -> list[Item | None]:  # fmt: skip
     """One item per row asked for; None where it has not the written form."""
     rng = np.random.default_rng([int(x) for x in np.ravel(jax.random.key_data(key))])
@@ -121,12 +128,12 @@ def sampled(
         recipe.max_new or shape.window + 1, stops, recipe.temperature, recipe.top_k, recipe.top_p,
         recipe.repetition_penalty, mark,
     )  # fmt: skip
-    made = write(world, fronts, front_width(recipe, shape.window), shape.rows, how, key)
+    made = write(world, fronts, front_width(recipe, shape.window), shape.rows, how, key, more)
     begun = [f[1:] if recipe.condition == "prefix" else [] for f in fronts]
     texts = [([*b, *ids], ended) for b, (ids, ended) in zip(begun, made, strict=True)]
     if recipe.labeller == "same":
         return [pseudo.separate(ids, ended, mark, end) for ids, ended in texts]
-    return relabelled(world, texts, end, shape, key)
+    return relabelled(world, texts, end, shape, key, more)
 
 
 def front(kept: np.ndarray | None, start: int, recipe: Recipe, rng: np.random.Generator) -> list[int]:
@@ -142,12 +149,12 @@ def front(kept: np.ndarray | None, start: int, recipe: Recipe, rng: np.random.Ge
 
 
 def relabelled(
-    world: World, texts: Sequence[tuple[list[int], bool]], end: int, shape: Shape, key: jax.Array
+    world: World, texts: Sequence[tuple[list[int], bool]], end: int, shape: Shape, key: jax.Array, more: Fields
 ) -> list[Item | None]:
     """Prompts with the answer that the model itself, greedily and without the new tokens, gives them."""
     asked = [i for i, (ids, ended) in enumerate(texts) if ended and 0 < len(ids) < shape.window]
     prompts = [texts[i][0] for i in asked]
-    answers = write(world, prompts, shape.window, shape.rows, How(shape.targets, (end,)), key)
+    answers = write(world, prompts, shape.window, shape.rows, How(shape.targets, (end,)), key, more)
     items: list[Item | None] = [None] * len(texts)
     for i, prompt, (ids, ended) in zip(asked, prompts, answers, strict=True):
         items[i] = Item(tuple(prompt), (*ids, end)) if ended else None
