@@ -10,6 +10,7 @@ import optax
 import pytest
 from support import run
 
+from jaxcl.core.between import row_ids
 from jaxcl.core.feed import lengths
 from jaxcl.core.types import Ctx, Method, Phase
 from jaxcl.errors import RequestError
@@ -96,3 +97,8 @@ def test_a_method_that_observes_needs_nothing_trained(tmp_path):
     assert all(r["grad_norm"] == 0 for r in done.log)
     with pytest.raises(RequestError, match="nothing is left to train"):
         run([dataclasses.replace(watcher, observe=None)], tmp_path / "none", n=1)
+
+
+def test_rows_of_a_restored_rollout_have_no_names():
+    """A loss that is not finite right after a resume is still reported in one line."""
+    assert row_ids({}, Phase("train", None, ()), []) == ["rows of a rollout"]

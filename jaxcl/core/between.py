@@ -182,7 +182,9 @@ def whole(own: Own | None) -> Own:
 
 
 def row_ids(batch: Any, phase: Phase, sources: Sequence[Any], most: int = 8) -> list[str]:
-    """Names of the rows of a host batch, for errors."""
+    """Names of the rows of a host batch, for errors; of a rollout that was restored they are not known."""
+    if not batch:
+        return ["rows of a rollout"]
     ids = []
     for s, r in zip(np.ravel(batch["source"]), np.ravel(batch["row"]), strict=True):
         if s >= 0 and r >= 0:
