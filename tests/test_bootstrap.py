@@ -10,7 +10,7 @@ import pytest
 from samples import write_run
 
 from jaxcl.errors import RequestError
-from jaxcl.metrics.bootstrap import differences, intervals, resampled_means
+from jaxcl.metrics.bootstrap import differences, intervals, resampled_sums
 from jaxcl.metrics.matrix_file import read_matrix
 from jaxcl.metrics.score import score_matrix
 
@@ -39,9 +39,9 @@ def test_interval_of_aa_equals_the_normal_approximation(tmp_path):
 
 def test_rows_share_their_draw():
     same = np.tile((np.arange(50) % 3 == 0).astype(float), (2, 1))
-    means = resampled_means(same, 100, np.random.default_rng(0))
+    means = resampled_sums(same[..., None], 100, np.random.default_rng(0))[..., 0] / 50
     assert means.shape == (100, 2) and np.array_equal(means[:, 0], means[:, 1]) and means[:, 0].std() > 0
-    many = resampled_means(np.arange(12.0).reshape(3, 4), 3000, np.random.default_rng(1))
+    many = resampled_sums(np.arange(12.0).reshape(3, 4, 1), 3000, np.random.default_rng(1))[..., 0] / 4
     assert many.mean(0) == pytest.approx([1.5, 5.5, 9.5], abs=0.1)
 
 
@@ -73,7 +73,7 @@ def test_no_interval_without_honest_predictions(tmp_path):
     matrix = read_matrix(tmp_path / "a")
     assert intervals(matrix, tmp_path)[1] == "no predictions of e0"
     other = matrix._replace(rows=np.clip(matrix.rows + 0.25, 0, 1))
-    assert "do not average" in intervals(other, tmp_path / "a")[1]
+    assert "do not add up" in intervals(other, tmp_path / "a")[1]
     (tmp_path / "a/predictions/e1.row1.jsonl.gz").unlink()
     found, _ = intervals(matrix, tmp_path / "a")
     assert "aa" in found and "fwt_no_baseline" not in found  # it averages over the row that is gone

@@ -18,9 +18,9 @@ from jaxcl.core.types import Clock, Outputs
 from jaxcl.core.view import View
 from jaxcl.data.editing import Asked, asked, edit_records, edit_source
 from jaxcl.errors import RequestError
-from jaxcl.evaluate.base import score
 from jaxcl.evaluate.editing import answer_nll, correct, unchanged
 from jaxcl.metrics.editing import counterfact, exact_match, stream, token_match, upstream
+from jaxcl.metrics.pooling import pooled as score
 from jaxcl.models.decoder import decoder
 from jaxcl.models.spec import tiny
 from jaxcl.models.tokenizer import ByteTokenizer

@@ -13,9 +13,9 @@ from jaxcl.core.view import View
 from jaxcl.data.pipeline import pipeline
 from jaxcl.data.stage import instruct_source, text_source
 from jaxcl.errors import RequestError
-from jaxcl.evaluate.base import score
 from jaxcl.evaluate.exact_match import RULES, exact_match
 from jaxcl.evaluate.nll import text_nll, token_hits, window_ids
+from jaxcl.metrics.pooling import pooled as score
 from jaxcl.models.decoder import decoder
 from jaxcl.models.spec import tiny
 
@@ -194,7 +194,7 @@ def test_text_scores_refuse(kw, words):
 
 def nll_of(view, batch):
     return np.asarray(
-        view.call(plain_nll, {k: v for k, v in batch.items() if k not in ("source", "row", "rows")})
+        view.call(plain_nll, {k: v for k, v in batch.items() if k not in ("source", "stage", "row", "rows")})
     )
 
 

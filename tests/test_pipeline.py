@@ -76,11 +76,12 @@ def test_batches_hold_the_rows_they_name(sources):
     for b in pipeline(sources, streams, stage=1, batch_size=5, steps=10, seed=0):
         for i, (s, r) in enumerate(zip(b["source"], b["row"])):
             length = r % 5 + 2
+            assert b["stage"][i] == (1, 0)[s]
             assert (b["tokens"][i, :length] == (200, 100)[s] + r).all()
             np.testing.assert_array_equal(b["targets_at"][i], [length, length + 1, 0])
             np.testing.assert_array_equal(b["segments"][i], np.arange(WINDOW) < length + 2)
         assert {k: v.dtype for k, v in b.items()} == {
-            **dict.fromkeys(("tokens", "segments", "positions", "targets_at", "source", "row"), np.int32),
+            **dict.fromkeys(("tokens", "segments", "positions", "targets_at", "source", "stage", "row"), np.int32),
             "weight": np.float32,
         }
 

@@ -49,7 +49,7 @@ class Collected:
         moved = {k: v + 0.05 * jax.random.normal(jax.random.key(i), v.shape) for i, (k, v) in enumerate(train.items())}
         self.params = merge(frozen, moved)
         rows = [Answers("s0", 8)[i] for i in range(5)]
-        batch = stack([*rows, masked(rows[0])]) | {"source": np.array([0] * 5 + [-1], np.int32)}
+        batch = stack([*rows, masked(rows[0])]) | dict.fromkeys(("source", "stage"), np.array([0] * 5 + [-1], np.int32))
         self.rows = {**batch, inner: batch} if inner else batch
         self.live = b.owns[method.name]["live"]
         state = State(Clock.at(), moved, {}, b.device("live"))

@@ -42,7 +42,7 @@ def weights() -> dict[str, jax.Array]:
 @pytest.fixture(scope="module")
 def batch() -> dict:
     """Eight rows of one to three targets each, weighted differently."""
-    found = next(batches(Answers("s", 8, seed=3), None, 8)) | {"source": np.zeros(8, np.int32)}
+    found = next(batches(Answers("s", 8, seed=3), None, 8)) | dict.fromkeys(("source", "stage"), np.zeros(8, np.int32))
     return found | {"weight": found["weight"] * np.linspace(0.2, 2, 8, dtype=np.float32)[:, None]}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import optax
 
-from jaxcl.core.types import Method, Model, Params, Phase
+from jaxcl.core.types import ALL, Budget, Method, Model, Params, Phase
 from jaxcl.errors import RequestError, unknown
 
 
@@ -23,7 +23,8 @@ class Experiment:
     {logical axis: mesh axis}. save_every: steps between checkpoints (0: only between phases). keep: past stages
     whose checkpoints stay. reset_opt: whether each stage starts with a fresh optimizer. pack: rows that may
     share a sequence. row0: whether the model is measured before training. phases: a stage's phases before the
-    methods plan (default: one, ``train``, on the stage's own rows).
+    methods plan (default: one, ``train``, on the stage's own rows). keeps: what of past stages a method may hold, where
+    the scenario limits it (`jaxcl.scenarios`).
     """
 
     model: Model
@@ -46,6 +47,7 @@ class Experiment:
     pack: int = 1
     row0: bool = True
     phases: Sequence[Phase] = ()
+    keeps: Budget = ALL
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Any = None
 
@@ -68,6 +70,10 @@ class Experiment:
         if self.batch_size % self.accumulate:
             raise RequestError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         for m in self.methods:
+            if not m.keeps.within(self.keeps):
+                raise RequestError(
+                    f"method {m.name!r} keeps {m.keeps} of past stages; this scenario allows {self.keeps}"
+                )
             if self.pack > 1 and not m.packs:
                 raise RequestError(f"method {m.name!r} works on whole sequences; set pack to 1 (it is {self.pack})")
             for stage in () if m.packs else self.stages:

@@ -14,10 +14,11 @@ import numpy as np
 from jaxcl.core.between import Between
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.progress import Reporter
-from jaxcl.core.rundir import RunDir, mean_score
+from jaxcl.core.rundir import RunDir
 from jaxcl.core.signals import Compilations, StopRequest
 from jaxcl.core.types import Clock, Own, Params, Phase, World
 from jaxcl.core.view import View
+from jaxcl.metrics.pooling import pooled
 
 
 class Measurements:
@@ -57,7 +58,7 @@ class Measurements:
             items = e.run(self.view, self.reporter.counter(self.stop.check))
             self.reporter.stop()
             self.dir.write_predictions(e.id, row, items)
-            values.append(mean_score(items))
+            values.append(pooled(items, e.pool))
         self.dir.measured(row, {e.id: v for e, v in zip(self.exp.evals, values, strict=True)})
         shown = "  ".join(f"{e.id} {v:.4f}" for e, v in zip(self.exp.evals, values, strict=True) if v is not None)
         self.reporter.say(f"{label}: {shown}")
@@ -127,6 +128,7 @@ class Measurements:
                 "range": [b if math.isfinite(b) else None for b in e.range],
                 "n": e.n,
                 "role": e.role,
+                **({"pool": e.pool} if e.pool else {}),
             }
             for e in self.exp.evals
         ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -188,9 +187,3 @@ class Events:
 
     def close(self) -> None:
         self._file.close()
-
-
-def mean_score(items: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean of the items' scores; None where there is none to take it over or one is not finite."""
-    scores = [float(i["score"]) for i in items]
-    return sum(scores) / len(scores) if scores and all(map(math.isfinite, scores)) else None

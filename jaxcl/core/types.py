@@ -20,9 +20,10 @@ Params = dict[str, jax.Array]
 
 Batch = dict[str, Any]
 """Fields: tokens, segments (0 = padding), positions i32[B,T]; targets_at i32[B,K] (static K) or absent;
-weight f32[B,K] or [B,T]; source i32[B] (which stream); row i32[B] (index into the stage); task_id i32[B], only where
-a run is task-incremental (`jaxcl.core.til`); further streams nested, e.g. ``batch['ref']``; log {name: f32[B]}, what a
-`collect` wants in the log, as means. One structure and shape per phase."""
+weight f32[B,K] or [B,T]; source i32[B] (which stream); stage i32[B] (whose row it is; -1: padding); row i32[B] (index
+into the stage; -1: a row that was written, or padding); task_id i32[B], only where a run is task-incremental
+(`jaxcl.core.til`); further streams nested, e.g. ``batch['ref']``; log {name: f32[B]}, what a `collect` wants in the
+log, as means. One structure and shape per phase."""
 
 Own = dict[str, Any]
 """A method's memory: ``{'fixed': device, constant in a phase; 'live': device, donated; 'host': numpy and
@@ -122,6 +123,14 @@ class Budget(NamedTuple):
     bytes: int | None = None
     inputs: bool = False
     all: bool = False
+
+    def within(self, limit: Budget) -> bool:
+        """Whether whoever holds at most this holds no more than ``limit`` allows."""
+        if limit.all or self.all:
+            return limit.all
+        held = [(self.examples, limit.examples), (self.bytes, limit.bytes)]
+        small = all(mine is None or (most is not None and mine <= most) for mine, most in held)
+        return small and (self == NOTHING or self.inputs or not limit.inputs)
 
     def __str__(self) -> str:
         if self.all:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 
 from jaxcl.core import compose
 from jaxcl.core.types import Apply, Batch, Clock, Method, Model, Outputs, Params
+
+_STAMPS = itertools.count()
 
 
 class View:
@@ -27,12 +30,14 @@ class View:
         self.live: dict[str, Any] = {}
         self.clock = Clock.at()
         self.task: Any = None
+        self.stamp = next(_STAMPS)  # another number for other weights: what was computed of these may be kept
         self._jitted: dict[Any, Callable] = {}
 
     def at(self, spec: Any, params: Params, fixed: dict, live: dict, clock: Clock) -> View:
         """This view on other weights: ``fixed`` and ``live`` are {method: memory}."""
         names = {m.name for m in self.methods}
         self.spec, self.params, self.clock = spec, params, clock
+        self.stamp = next(_STAMPS)
         self.fixed = {k: v for k, v in fixed.items() if k in names}
         self.live = {k: v for k, v in live.items() if k in names}
         return self

@@ -172,15 +172,15 @@ class _Group:
         self.sequences = self.bins(scaled(weights, total * pack), seed, shuffle, pack)[:total]
 
     def sequence(self, number: int, blank: Example) -> Example:
-        """Example of a sequence, with ``source``; masked where the group has none left."""
+        """Example of a sequence, with ``source`` and ``stage``; masked where the group has none left."""
         if number < len(self.sequences):
             chosen = self.sequences[number]
             examples = [self.example(int(s), int(p)) for s, p in chosen]
-            source = self.numbers[chosen[0, 0]]
+            source, stage = self.numbers[chosen[0, 0]], self.streams[chosen[0, 0]].stage
         else:
-            examples, source = [masked(blank)], -1
+            examples, source, stage = [masked(blank)], -1, -1
         one = merge(examples, self.pack) if self.pack > 1 else examples[0]
-        return one | {"source": np.int32(source)}
+        return one | {"source": np.int32(source), "stage": np.int32(stage)}
 
 
 class _Local:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from jaxcl.errors import RequestError
 
+T = TypeVar("T")
 Item = dict[str, Any]
-"""{'id', 'prediction', 'score'}: what is kept of one test row."""
+"""{'id', 'prediction', 'score'}: what is kept of one test row; with 'parts', numbers, where the eval is pooled."""
 
 
 class Progress(Protocol):
@@ -23,7 +24,8 @@ class Progress(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Eval:
-    """run(view, progress) -> one `Item` per test row, in their order; the eval's score is their mean.
+    """run(view, progress) -> one `Item` per test row, in their order; the eval's number is the mean of their scores,
+    or what ``pool`` (a name of `jaxcl.metrics.pooling.POOLS`) makes of the sums of their parts.
 
     n: number of test rows. range: the lowest and highest score (math.inf: no bound). role: 'task', 'general'
     or 'probe'. chance: the score of a guess, where there is one; it becomes the matrix file's ``random``.
@@ -37,11 +39,20 @@ class Eval:
     range: tuple[float, float] = (0.0, 1.0)
     role: str = "task"
     chance: float | None = None
+    pool: str | None = None
 
 
-def score(items: Sequence[Item]) -> float:
-    """Mean of the items' scores: every test row counts the same."""
-    return float(np.mean([item["score"] for item in items], dtype=np.float64))
+def shared(run: Callable[[Any, Progress], T]) -> Callable[[Any, Progress], T]:
+    """``run`` that remembers its last result, so that several evals can read one pass over the same weights."""
+    last: list[tuple[Any, T]] = []
+
+    def once(view: Any, progress: Progress) -> T:
+        state = (view.stamp, view.task)
+        if not last or last[0][0] != state:
+            last[:] = [(state, run(view, progress))]
+        return last[0][1]
+
+    return once
 
 
 def bucket(length: int, most: int) -> int:

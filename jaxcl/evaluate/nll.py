@@ -1,8 +1,9 @@
-"""How well a model predicts held-out text: nll per token, bits per byte, or next-token accuracy.
+"""How well a model predicts held-out text: nats per token, perplexity, bits per byte, or next-token accuracy.
 
 Windowing: a document is preceded by the end-of-sequence token and cut into windows of ``window`` tokens, each
 of which begins with the last token of the one before. So every token of a document is predicted exactly once,
-from the tokens before it in its window. A document is one item.
+from the tokens before it in its window; the first token is scored, an end mark is not. A document is one item, and the
+eval's number weighs documents by their tokens (bits per byte: by their bytes), never equally: card metrics/rouge-ppl.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from jaxcl.evaluate.base import Eval, Item, Progress, check_items
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
 
-METRICS = {
-    "nll": (False, (0.0, math.inf)),
-    "bits_per_byte": (False, (0.0, math.inf)),
-    "accuracy": (True, (0.0, 1.0)),
+METRICS = {  # higher is better, range, how documents are pooled
+    "nll": (False, (0.0, math.inf), "ratio"),
+    "perplexity": (False, (1.0, math.inf), "exp_ratio"),
+    "bits_per_byte": (False, (0.0, math.inf), "ratio"),
+    "accuracy": (True, (0.0, 1.0), "ratio"),
 }
 CHUNK = 64
 """Positions whose logits exist at a time when the most likely next token is looked up."""
@@ -44,9 +46,9 @@ def text_nll(
     metric: str = "nll",
     role: str = "task",
 ) -> Eval:
-    """Held-out ``text`` rows scored by ``metric``: 'nll' (nats per token), 'bits_per_byte' (of the UTF-8
-    text) or 'accuracy' (share of tokens that are the most likely one). RequestError: no rows, an empty text,
-    another metric, a window below two tokens.
+    """Held-out ``text`` rows scored by ``metric``: 'nll' (nats per token), 'perplexity' (its exponential),
+    'bits_per_byte' (of the UTF-8 text) or 'accuracy' (share of tokens that are the most likely one). RequestError: no
+    rows, an empty text, another metric, a window below two tokens.
     """
     check_items(eval_id, documents, batch_size)
     if metric not in METRICS:
@@ -56,9 +58,11 @@ def text_nll(
     for row in documents:
         if not row["text"]:
             raise RequestError(f"eval {eval_id!r}: row {row['id']!r} has no text")
-    better, bounds = METRICS[metric]
+    better, bounds, pool = METRICS[metric]
     run = _Text(documents, tokenizer, window, batch_size, metric)
-    return Eval(eval_id, metric, len(documents), run, higher_is_better=better, range=bounds, role=role)
+    return Eval(
+        eval_id, metric, len(documents), run, higher_is_better=better, range=bounds, role=role, pool=pool
+    )
 
 
 def window_ids(ids: Sequence[int], start: int, window: int) -> list[list[int]]:
@@ -122,6 +126,8 @@ class _Text:
             progress(part[-1][0] + 1, len(self.rows))
         if self.metric == "bits_per_byte":
             counts = np.array([len(row["text"].encode()) for row in self.rows]) * math.log(2)
-        return [
-            {"id": r["id"], "prediction": None, "score": s / c} for r, s, c in zip(self.rows, sums, counts)
-        ]
+        return [self._item(row["id"], float(s), float(c)) for row, s, c in zip(self.rows, sums, counts)]
+
+    def _item(self, row: str, amount: float, count: float) -> Item:
+        own = math.exp(amount / count) if self.metric == "perplexity" else amount / count
+        return {"id": row, "prediction": None, "score": own, "parts": [amount, count]}

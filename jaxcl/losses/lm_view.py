@@ -31,11 +31,11 @@ def lm_view(batch: Batch, start: jax.Array, mark: jax.Array) -> Batch:
     return {**rest, "tokens": made, "segments": real.astype(jnp.int32), "positions": jnp.where(real, place, 0)}
 
 
-def lm_loss(nll: jax.Array, view: Batch, mark: jax.Array, special: float, rows: jax.Array) -> jax.Array:
+def lm_loss(nll: jax.Array, view: Batch, mark: jax.Array, special: float) -> jax.Array:
     """Weighted mean nll f32[B,T+2] of all tokens of a view but the first, f32[]; MARK weighs ``special``, others 1.
 
-    rows bool[B]: the rows that count. The divisor is the sum of weights, as in a weighted cross-entropy.
+    The divisor is the sum of weights, as in a weighted cross-entropy.
     """
-    said = (view["segments"] > 0) & (view["positions"] > 0) & rows[:, None]
+    said = (view["segments"] > 0) & (view["positions"] > 0)
     weight = jnp.where(said, jnp.where(view["tokens"] == mark, special, 1.0), 0.0)
     return jnp.sum(weight * nll) / jnp.maximum(jnp.sum(weight), 1.0)

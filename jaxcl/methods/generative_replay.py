@@ -102,12 +102,11 @@ def generative_replay(
         return {BIAS: False}
 
     def plan(world: World, own: Own, phases: list[Phase]) -> list[Phase]:
-        """The streams of old stages stand right behind the phase's first, so that ``source`` s is stage s - 1."""
         if not world.stage:
             return phases
         rows = memory.by_stage(own["host"]) if asks and oracle else {}
         old = tuple(_stream(world, own, s, rows.get(s)) for s in range(world.stage))
-        return [_inserted(p, old) for p in phases]
+        return [dataclasses.replace(p, streams=(*p.streams, *old)) for p in phases]
 
     def _stream(world: World, own: Own, stage: int, stored: np.ndarray | None) -> Stream:
         if stored is not None:
@@ -125,14 +124,11 @@ def generative_replay(
         return world, {**own, "host": {**own["host"], **keep(world, recipe, int(own["fixed"]["tokens"][0]))}}
 
     def loss(ctx: Ctx) -> dict[str, jax.Array]:
-        tokens, source = ctx.own["fixed"]["tokens"], ctx.batch["source"]
-        stage = jnp.where(source == 0, ctx.clock.stage, source - 1)
-        # Rows of another method's streams have no task that is known here; one START for all needs none.
-        rows = source <= ctx.clock.stage if tasks else jnp.ones_like(source, bool)
-        start = tokens[1 + jnp.clip(stage, 0, len(tokens) - 2)] if tasks else jnp.broadcast_to(tokens[1], source.shape)
+        tokens, stage = ctx.own["fixed"]["tokens"], ctx.batch["stage"]
+        start = tokens[1 + jnp.clip(stage, 0, len(tokens) - 2)] if tasks else jnp.broadcast_to(tokens[1], stage.shape)
         view = lm_view(ctx.batch, start, tokens[0])
         out = ctx.model(ctx.spec, opened(ctx.params, tokens[0]), view, train=True, key=ctx.key)
-        return {"generator": strength * lm_loss(out.nll, view, tokens[0], special, rows)}
+        return {"generator": strength * lm_loss(out.nll, view, tokens[0], special)}
 
     parts: dict = {"begin": begin} if strength or asks else {}
     if strength or samples:
@@ -157,10 +153,6 @@ def _with_tokens(world: World, own: Own, new: int, last: int) -> tuple[World, Ow
     first, more = world.spec.vocab, new + (not tokens)
     tokens += range(first, first + more)
     return grow(world, more), {**own, "fixed": {**own["fixed"], "tokens": jnp.array(tokens, jnp.int32)}}
-
-
-def _inserted(phase: Phase, streams: tuple[Stream, ...]) -> Phase:
-    return dataclasses.replace(phase, streams=(*phase.streams[:1], *streams, *phase.streams[1:]))
 
 
 def _keeps(recipe: Recipe, samples: bool, oracle: bool, capacity: int, max_stages: int) -> Budget:

@@ -68,7 +68,7 @@ def lwf(
         at, batch = before(ctx.batch), ctx.batch
         if teacher == "topk" and "old_logp" in batch:
             raise RequestError("lwf: teacher 'topk' knows the rows' own answers, not rollouts; use a snapshot")
-        new = (batch["source"] == 0)[:, None]
+        new = (batch["stage"] == ctx.clock.stage)[:, None]
         wanted = {"new": new, "old": ~new, "all": jnp.ones_like(new)}[rows]
         mask = (ctx.weight > 0) & (wanted & new if teacher == "topk" else wanted)
         student = ctx.head(ctx.spec, ctx.params, ctx.out.hidden, at)

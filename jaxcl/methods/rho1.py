@@ -70,9 +70,6 @@ def rho1(
         return scored(world) if reference is None else {"fixed": {"before": trained(world)}}
 
     def plan(world: World, own: Own, phases: list[Phase]) -> list[Phase]:
-        phases = [own_rows_first(p, world.stage) for p in phases]
-        if not phased:
-            return phases
         rows = Stream(world.stage, good_rows(reference, world))
         first = Phase("reference", None, (rows,), epochs=epochs, active=frozenset(), after=after)
         return [first, dataclasses.replace(phases[0], reset_opt=True), *phases[1:]]
@@ -84,7 +81,7 @@ def rho1(
         return world, {}  # the next stage has its own reference, made by `init`
 
     def weigh(ctx: Ctx) -> jax.Array:
-        new = (ctx.batch["source"] == 0)[:, None]
+        new = (ctx.batch["stage"] == ctx.clock.stage)[:, None]
         chosen = top_share(rank(ctx), (ctx.batch["weight"] > 0) & new, share)
         return jnp.where(new, chosen.astype(jnp.float32), 1.0)
 
@@ -108,14 +105,8 @@ def rho1(
 
     phased = selection == "excess" and reference is not None
     memory: dict[str, Any] = {"init": init, "end": end} if selection == "excess" else {}
-    return Method(name=name, packs=False, plan=plan, weigh=weigh, **memory)
-
-
-def own_rows_first(phase: Phase, stage: int) -> Phase:
-    """The phase with the stage's own rows, an empty stream where it has none, as stream 0, which is what is ranked."""
-    if phase.streams and phase.streams[0].stage == stage:
-        return phase
-    return dataclasses.replace(phase, streams=(Stream(stage, ()), *phase.streams))
+    memory |= {"plan": plan} if phased else {}
+    return Method(name=name, packs=False, weigh=weigh, **memory)
 
 
 def trained(world: World) -> Params:

@@ -15,24 +15,26 @@ import numpy as np
 from jaxcl.errors import RequestError
 from jaxcl.metrics.matrix import METRICS
 from jaxcl.metrics.matrix_file import Matrix
+from jaxcl.metrics.pooling import pool_named
 from jaxcl.metrics.predictions import ItemScores, read_items
 from jaxcl.metrics.score import mixed, task_columns, task_scores
 
 RESAMPLES, SEED, LEVEL = 2000, 0, 0.95
 _CHUNK = 4_000_000  # indices drawn at once
-_AGREE = 1e-6  # how far the mean of the items may be from the matrix cell
+_AGREE = 1e-6  # how far what the items add up to may be from the matrix cell
 
 
-def resampled_means(scores: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of f64[rows, n] over ``resamples`` draws of n items with replacement, the same draw for every
-    row: f64[resamples, rows]. Rows that hold NaN stay NaN."""
-    n, out = scores.shape[1], []
+def resampled_sums(parts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Sums of f64[rows, n, P] over ``resamples`` draws of n items with replacement, the same draw for every
+    row: f64[resamples, rows, P]. Rows that hold NaN stay NaN."""
+    rows, n, width = parts.shape
+    flat, out = parts.transpose(1, 0, 2).reshape(n, rows * width), []
     for start in range(0, resamples, step := max(1, _CHUNK // n)):
         size = min(step, resamples - start)
         drawn = rng.integers(0, n, size=(size, n)) + np.arange(size)[:, None] * n
         counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
-        out.append(counts @ scores.T / n)
-    return np.concatenate(out)
+        out.append(counts @ flat)
+    return np.concatenate(out).reshape(resamples, rows, width)
 
 
 def resampled_matrices(
@@ -48,20 +50,20 @@ def resampled_matrices(
         found = [it for it in items if it is not None]
         if len(found) < len(items):
             return None, f"no predictions of {e.id}"
-        if any(it.ids != found[0].ids for it in found):
+        if any(it.ids != found[0].ids or it.parts.shape[2] != found[0].parts.shape[2] for it in found):
             return None, f"the runs answered different items of {e.id}"
         if not all(_agrees(m, i, it) for m, it in zip(matrices, found)):
-            return None, f"the scores of the items of {e.id} do not average to its cells in the matrix"
+            return None, f"the scores of the items of {e.id} do not add up to its cells in the matrix"
         rng = np.random.default_rng([seed, i])
-        means = resampled_means(np.concatenate([it.scores for it in found]), resamples, rng)
-        for boot, part in zip(out, np.split(means, np.cumsum(heights)[:-1], axis=1)):
+        sums = resampled_sums(np.concatenate([it.parts for it in found]), resamples, rng)
+        for boot, part in zip(out, np.split(pool_named(e.pool)(sums), np.cumsum(heights)[:-1], axis=1)):
             boot[:, :, i] = part
     return out, None
 
 
 def _agrees(m: Matrix, column: int, items: ItemScores) -> bool:
     cells = np.concatenate([m.row0[None, column], m.rows[:, column]])
-    gap = np.abs(cells - items.scores.mean(1))
+    gap = np.abs(cells - pool_named(m.evals[column].pool)(items.parts.sum(1)))
     return bool(np.all(np.isnan(gap) | (gap <= _AGREE * np.maximum(1, np.abs(cells)))))
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl.errors import RequestError, nearest
+from jaxcl.metrics.pooling import POOLS
 
 SCHEMA = 1
 ROLES = ("task", "general", "probe")
@@ -28,7 +29,8 @@ class Stage(NamedTuple):
 
 
 class Eval(NamedTuple):
-    """One test set. range: (lo, hi), infinite where JSON says null. n: number of items."""
+    """One test set. range: (lo, hi), infinite where JSON says null. n: number of items. pool: how its items make its
+    number where that is not the mean of their scores (`jaxcl.metrics.pooling`)."""
 
     id: str
     metric: str
@@ -36,6 +38,7 @@ class Eval(NamedTuple):
     range: tuple[float, float]
     n: int
     role: str = "task"
+    pool: str | None = None
 
 
 class Matrix(NamedTuple):
@@ -140,7 +143,9 @@ def _eval(e: Any, key: str, where: str) -> Eval:
     lo, hi = (s * math.inf if b is None else b for s, b in zip((-1, 1), bounds))
     ok = all(b is None or _is_number(b) for b in bounds) and lo < hi
     _need(ok, where, f"{key}.range", bounds, accepted)
-    return Eval(e["id"], e["metric"], better, (float(lo), float(hi)), n, role)
+    pool = e.get("pool")
+    _need(pool is None or (isinstance(pool, str) and pool in POOLS), where, f"{key}.pool", pool, ", ".join(POOLS))
+    return Eval(e["id"], e["metric"], better, (float(lo), float(hi)), n, role, pool)
 
 
 def _stage(s: Any, key: str, where: str, by_id: Mapping[str, Eval]) -> Stage:
@@ -180,11 +185,15 @@ def matrix_json(m: Matrix) -> dict[str, Any]:
     out: dict[str, Any] = {
         "schema": SCHEMA,
         "stages": [{"name": s.name, "evals": list(s.evals)} for s in m.stages],
-        "evals": [e._asdict() | {"range": b} for e, b in zip(m.evals, bounds)],
+        "evals": [_eval_json(e) | {"range": b} for e, b in zip(m.evals, bounds)],
         "row0": plain(m.row0),
         "rows": [plain(r) for r in m.rows],
     }
     return out | {k: plain(v) for k in BASELINES if (v := getattr(m, k)) is not None}
+
+
+def _eval_json(e: Eval) -> dict[str, Any]:
+    return {k: v for k, v in e._asdict().items() if k != "pool" or v is not None}
 
 
 def write_matrix(path: str | os.PathLike[str], matrix: Matrix | Mapping[str, Any]) -> None:

@@ -13,15 +13,17 @@ import numpy as np
 
 from jaxcl.errors import RequestError
 from jaxcl.metrics.matrix_file import Eval
+from jaxcl.metrics.pooling import parts_of
 
 MAX_LINE = 1 << 20  # bytes of one record after decompression: a small file may unpack to anything
 
 
 class ItemScores(NamedTuple):
-    """ids: texts, sorted; scores f64[rows, n]: row k of item j, NaN rows where there is no file."""
+    """ids: texts, sorted; parts f64[rows, n, P]: what item j adds in row k, NaN where there is no file. Their sums over
+    items, given to the eval's pool, make a cell of the matrix; without a pool they are (score, 1)."""
 
     ids: tuple[str, ...]
-    scores: np.ndarray
+    parts: np.ndarray
 
 
 def predictions_path(run: Path, eval_id: str, row: int) -> Path:
@@ -30,35 +32,40 @@ def predictions_path(run: Path, eval_id: str, row: int) -> Path:
 
 
 def read_items(run: Path, e: Eval, rows: int) -> ItemScores | None:
-    """Item scores of an eval for rows 0..rows-1, or None where no row has a file.
+    """What the items of an eval add to it in rows 0..rows-1, or None where no row has a file.
 
     Raises RequestError on a damaged or malformed file, and when two rows hold different items.
     """
-    found = {k: _read(p, e.n) for k in range(rows) if (p := predictions_path(run, e.id, k)).is_file()}
+    found = {k: _read(p, e) for k in range(rows) if (p := predictions_path(run, e.id, k)).is_file()}
     if not found:
         return None
     first = min(found)
     ids = tuple(sorted(found[first]))
-    scores = np.full((rows, len(ids)), np.nan)
+    width = len(found[first][ids[0]])
+    parts = np.full((rows, len(ids), width), np.nan)
     for k, row in found.items():
+        where = predictions_path(run, e.id, k)
         if row.keys() != found[first].keys():
             odd = min(row.keys() ^ found[first].keys())
-            where = predictions_path(run, e.id, k)
             raise RequestError(f"{where}: item {odd!r} is not in row {first} and row {k}; accepted: one set")
-        scores[k] = [row[i] for i in ids]
-    return ItemScores(ids, scores)
+        for i in ids:
+            if len(row[i]) != width:
+                raise RequestError(f"{where}: item {i!r} has {len(row[i])} parts; accepted: {width}, as the first")
+        parts[k] = [row[i] for i in ids]
+    return ItemScores(ids, parts)
 
 
-def _read(path: Path, n: int) -> dict[str, float]:
-    """{id: score} of one file; never more than n records."""
-    out: dict[str, float] = {}
+def _read(path: Path, e: Eval) -> dict[str, list[float]]:
+    """{id: parts} of one file; never more than n records."""
+    out: dict[str, list[float]] = {}
+    n = e.n
     try:
         with gzip.open(path, "rb") as f:
             while line := f.readline(MAX_LINE + 1):
                 where = f"{path}, line {len(out) + 1}"
                 if len(line) > MAX_LINE or len(out) == n:
                     raise RequestError(f"{where}: too much; accepted: {n} records below {MAX_LINE} bytes")
-                key, value = _record(line, where)
+                key, value = _record(line, where, e.pool)
                 if key in out:
                     raise RequestError(f"{where}: id {key!r} occurs twice; accepted: every item once")
                 out[key] = value
@@ -69,12 +76,13 @@ def _read(path: Path, n: int) -> dict[str, float]:
     return out
 
 
-def _record(line: bytes, where: str) -> tuple[str, float]:
+def _record(line: bytes, where: str, pool: str | None) -> tuple[str, list[float]]:
+    what = "score" if pool is None else "parts"
     try:
         record = json.loads(line)
-        key, value = str(record["id"]), float(record["score"])
+        key, values = str(record["id"]), parts_of(record, pool)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        raise RequestError(f"{where}: no prediction; accepted: object with id, prediction, score") from None
-    if not math.isfinite(value):
-        raise RequestError(f"{where}: score is {value}; accepted: a finite number")
-    return key, value
+        raise RequestError(f"{where}: no prediction; accepted: object with id, prediction, {what}") from None
+    if not values or not all(map(math.isfinite, values)):
+        raise RequestError(f"{where}: {what} is {record[what]}; accepted: finite numbers")
+    return key, values
