@@ -84,7 +84,7 @@ def _methods() -> list[Row]:
 
 
 def _streams() -> list[Row]:
-    from jaxcl.data.streams import STREAMS
+    from jaxcl.scenarios import STREAMS
 
     return _named(STREAMS)
 

@@ -17,9 +17,10 @@ from jaxcl.cli import main
 from jaxcl.data import named
 from jaxcl.data.columns import KNOWN, Columns
 from jaxcl.data.named import iter_rows, load_rows, train_and_test
-from jaxcl.data.named_stages import answer_stages, stage_name, stream_data
+from jaxcl.data.named_stages import answer_stages, stage_name
 from jaxcl.errors import RequestError
 from jaxcl.models.tokenizer import ByteTokenizer
+from jaxcl.scenarios.pretraining import stream_data
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -384,7 +385,7 @@ def test_the_page_on_data_shows_what_happens(folder, monkeypatch, capsys):
 
 def test_importing_jaxcl_imports_no_data_library():
     code = (
-        "import sys, jaxcl, jaxcl.data.named, jaxcl.data.streams\n"
+        "import sys, jaxcl, jaxcl.data.named, jaxcl.scenarios\n"
         "print([m for m in ('tensorflow_datasets', 'datasets', 'tensorflow', 'jax', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,13 +18,14 @@ import pytest
 from jaxcl.core.types import Method, Stream
 from jaxcl.data.blocks import text_source
 from jaxcl.data.encode import encode_text
-from jaxcl.data.named_stages import stream_data, text_stages
+from jaxcl.data.named_stages import text_stages
 from jaxcl.data.packing import merge
 from jaxcl.data.pipeline import pipeline, stack
 from jaxcl.data.stage import Stage
-from jaxcl.data.streams import STREAMS
 from jaxcl.errors import RequestError, RunFailed
 from jaxcl.models.tokenizer import ByteTokenizer
+from jaxcl.scenarios import STREAMS
+from jaxcl.scenarios.pretraining import stream_data
 from tests.support import MODEL, SPEC, experiment, weights
 
 END = ByteTokenizer.eos_id
@@ -227,7 +228,7 @@ def test_stages_and_evals_of_text(folder):
 
 
 DATA = os.environ.get("JAXCL_DATA", "")
-TEXTS = [name for name, info in STREAMS.items() if info.data]
+TEXTS = [name for name in STREAMS if name.startswith("text/")]
 
 
 @pytest.mark.skipif(not Path(DATA, "text_domains").is_dir(), reason="needs the text folders in JAXCL_DATA")

@@ -19,13 +19,14 @@ import optax
 
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.types import Method
-from jaxcl.data.named_stages import stream_data, text_stages
+from jaxcl.data.named_stages import text_stages
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.joint import joint
 from jaxcl.methods.replay import replay
 from jaxcl.models.decoder import decoder
 from jaxcl.models.spec import tiny
 from jaxcl.models.tokenizer import ByteTokenizer
+from jaxcl.scenarios.pretraining import stream_data
 from jaxcl.transforms.rewarm import rewarm
 
 

@@ -15,9 +15,8 @@ from jaxcl.data.columns import Columns, Row, task_name
 from jaxcl.data.folder import instruct_evals, instruct_stages
 from jaxcl.data.named import parse, train_and_test
 from jaxcl.data.stage import Stage, subsample
-from jaxcl.data.streams import STREAMS
 from jaxcl.data.template import Template
-from jaxcl.errors import RequestError, unknown
+from jaxcl.errors import RequestError
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.base import Eval
@@ -90,14 +89,6 @@ def answer_stages(
     stages = instruct_stages(learned, tokenizer, window=window, template=template)
     evals = instruct_evals(held_out, tokenizer, window=window, template=template, batch_size=batch_size, by=by)
     return stages, evals
-
-
-def stream_data(stream: str) -> dict[str, str]:
-    """{stage: data name} of a stream that is read by name, 'text/domains'. RequestError: no such stream."""
-    known = {name: info for name, info in STREAMS.items() if info.data}
-    if stream not in known:
-        raise unknown("stream of text", stream, known)
-    return dict(zip(known[stream].stages, known[stream].data, strict=True))
 
 
 def stage_name(name: str) -> str:

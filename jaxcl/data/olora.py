@@ -7,13 +7,14 @@ Wang et al. 2023 (arXiv 2310.14152). Files: ``olora_benchmark/<task>/{train,test
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.data.folder import folder_evals, folder_stages, read_split
 from jaxcl.data.jsonl import data_folder
+from jaxcl.data.olora_orders import ORDERS
 from jaxcl.data.stage import Stage
-from jaxcl.data.streams import STREAMS
 from jaxcl.data.template import Template
 from jaxcl.errors import RequestError, unknown
 
@@ -25,7 +26,7 @@ FOLDER = "olora_benchmark"
 
 
 def olora_stages(
-    order: str,
+    order: str | Sequence[str],
     data_dir: str | Path | None,
     tokenizer: Tokenizer,
     *,
@@ -35,7 +36,7 @@ def olora_stages(
     seed: int = 0,
     prefix: bool = False,
 ) -> list[Stage]:
-    """The stages of ``order`` ('olora/order_1' .. 'olora/order_6'); the rest as in `folder_stages`.
+    """The stages of ``order`` ('olora/order_1' .. 'olora/order_6', or tasks by name); the rest as in `folder_stages`.
 
     template: 'plain' or 'chat'; prefix: the reference's ``Task:``/``Dataset:`` lines. RequestError: an unknown
     order, and what `folder_stages` refuses.
@@ -46,7 +47,7 @@ def olora_stages(
 
 
 def olora_evals(
-    order: str,
+    order: str | Sequence[str],
     data_dir: str | Path | None,
     tokenizer: Tokenizer,
     *,
@@ -74,11 +75,16 @@ def olora_evals(
     )
 
 
-def _tasks(order: str) -> tuple[str, ...]:
-    known = {name: info.stages for name, info in STREAMS.items() if name.startswith("olora/")}
-    if order not in known:
-        raise unknown("order", order, known)
-    return known[order]
+def _tasks(order: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(order, str):
+        if order not in ORDERS:
+            raise unknown("order", order, ORDERS)
+        return ORDERS[order]
+    tasks = ORDERS["olora/order_6"]
+    for task in order:
+        if task not in tasks:
+            raise unknown("task", task, tasks)
+    return tuple(order)
 
 
 def _read(folder: Path, task: str, split: str) -> list[dict[str, Any]]:

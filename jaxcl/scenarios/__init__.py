@@ -1,0 +1,36 @@
+"""The twelve scenarios of continual learning for language models, as streams. Importing this reads no data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jaxcl.errors import unknown
+from jaxcl.scenarios import pretraining, text_classification
+from jaxcl.scenarios.base import SCENARIOS, Scenario, Settings, StreamInfo
+
+if TYPE_CHECKING:
+    from jaxcl.models.tokenizer import Tokenizer
+
+_FILES = (pretraining, text_classification)
+STREAMS: dict[str, StreamInfo] = {info.name: info for file in _FILES for info in file.STREAMS}
+__all__ = ["SCENARIOS", "STREAMS", "Scenario", "Settings", "StreamInfo", "open_stream"]
+
+
+def open_stream(name: str, tokenizer: Tokenizer, settings: Settings | None = None, **fields: Any) -> Scenario:
+    """Reads a stream: its stages, its evals and what may be kept between stages.
+
+    settings, or its fields as keywords. RequestError: an unknown stream, data that is absent (which folder, which
+    public source), malformed rows, a leak that is not allowed by name, an option that the stream does not have.
+    """
+    if name not in STREAMS:
+        raise unknown("stream", name, STREAMS)
+    info, settings = STREAMS[name], settings or Settings(**fields)
+    return info.build(info, _ordered(info, settings), tokenizer, settings)
+
+
+def _ordered(info: StreamInfo, settings: Settings) -> tuple[str, ...]:
+    if settings.order == "given":
+        return info.stages
+    from jaxcl.scenarios import orders
+
+    return orders.ordered(info, settings)

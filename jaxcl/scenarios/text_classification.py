@@ -1,0 +1,56 @@
+"""Continual text classification: data sets, domains or classes one after another, answered in words. Scenario 4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxcl.data.olora_orders import ORDERS
+from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
+
+if TYPE_CHECKING:
+    from jaxcl.models.tokenizer import Tokenizer
+
+_DOCS = {
+    "order_4": "15 tasks, natural-language inference first (the order of SAPT's scripts)",
+    "order_5": "15 tasks, MultiRC first; as the papers are remembered, checked against no file",
+    "order_6": "15 tasks, yelp first: the long order of O-LoRA's released run",
+}
+
+
+def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> Scenario:
+    from jaxcl.core.types import ALL
+    from jaxcl.data.olora import olora_evals, olora_stages
+
+    settings.known(info, "by")
+    shared: dict[str, Any] = {
+        "window": settings.window,
+        "template": settings.template.style,
+        "prefix": settings.template.prefix,
+        "seed": settings.seed,
+    }
+    made = olora_stages(stages, settings.data_dir, tokenizer, rows=settings.rows, **shared)
+    by = settings.option("by", "ranking", ("ranking", "generation"))
+    size: dict[str, Any] = {"rows": settings.test_rows, "batch_size": settings.batch_size}
+    evals = olora_evals(stages, settings.data_dir, tokenizer, by=by, **size, **shared)
+    return Scenario(info, made, evals, ALL)
+
+
+STREAMS = tuple(
+    StreamInfo(
+        name=name,
+        scenario="text classification",
+        stages=stages,
+        metric="accuracy (label ranking or exact match)",
+        regime="CIL",  # no task id; the prompt lists the task's own options
+        card="cft/continual-text-classification",
+        doc=_DOCS.get(name.partition("/")[2], "the standard benchmark of four topic and sentiment data sets"),
+        unit="one data set",
+        keeps="all",
+        protocol="the test set of every task after each stage; several orders",
+        public=(),
+        data=("olora_benchmark",),
+        build=_build,
+    )
+    for name, stages in ORDERS.items()
+)
