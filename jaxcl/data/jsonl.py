@@ -1,8 +1,10 @@
 """JSON Lines files, plain or gzip: read, checked against a schema, refused with file, line and field.
 
-Three schemas are known: ``instruct`` (an instruction, an input and the wanted answer), ``text`` (a document) and
-``edit`` (a prompt with its new answer, other wordings of it, and a prompt whose answer must stay). Fields that a
-schema does not name are kept as they are.
+The schemas: ``instruct`` (an instruction, an input and the wanted answer), ``text`` (a document), ``edit`` (a prompt
+with its new answer, other wordings of it, and a prompt whose answer must stay), ``ner`` (tokens with BIO tags), ``re``
+(tokens, two entities and their relation), ``translation`` (a sentence in three languages), ``tool`` (a dialogue with
+calls of tools, or an instruction with its calls) and ``retrieval`` (a document, or a query with its documents). Fields
+that a schema does not name are kept as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxcl.data.row_checks import CHECKS
 from jaxcl.errors import RequestError, nearest, unknown
 
 MAX_LINE = 4 << 20
@@ -23,15 +26,27 @@ MAX_LINE = 4 << 20
 _STRINGS = "a list of strings"
 _ANY_STRINGS = "a list of strings, which may be empty"
 _EDIT = ("id", "subject", "prompt", "target", "locality_prompt", "locality_target")
-REQUIRED = {
+_NAMES = {str: "a string", int: "an integer", float: "a number", list: "a list", dict: "an object"}
+REQUIRED: dict[str, dict[str, Any]] = {
     "instruct": {"task": str, "id": str, "instruction": str, "input": str, "target": str},
     "text": {"id": str, "text": str},
     "edit": dict.fromkeys(_EDIT, str),
+    "ner": {"task": str, "id": str, "tokens": _STRINGS, "tags": _STRINGS},
+    "re": {"task": str, "id": str, "relation": str, "relation_id": int, "tokens": _STRINGS, "head": dict, "tail": dict},
+    "translation": dict.fromkeys(("id", "en", "de", "fr"), str),
+    "tool": {"id": str},
+    "retrieval": {"id": str},
 }
 OPTIONAL: dict[str, dict[str, Any]] = {
     "instruct": {"labels": _STRINGS, "targets": _STRINGS, "answer": (str, int, float), "count": int},
     "text": {"domain": str, "lang": str, "date": str},
     "edit": {"target_true": str, "rephrases": _ANY_STRINGS, "loc_train_prompt": str},
+    "ner": {},
+    "re": {"candidates": _STRINGS},
+    "translation": {},
+    "tool": {"tools": list, "messages": list, "golden_calls": list, "functions": _ANY_STRINGS}
+    | dict.fromkeys(("api", "tools_description", "instruction"), str),
+    "retrieval": {"title": str, "text": str, "year": str, "query": str, "relevant": _STRINGS, "grades": dict},
 }
 
 
@@ -88,6 +103,9 @@ def check_row(row: Any, schema: str | None, where: str) -> dict[str, Any]:
     for field in ("prompt", "target"):  # what is learned, and what it is learned for
         if field in REQUIRED[schema] and not row[field]:
             raise RequestError(f"{where}: field {field!r} is empty; a row needs an answer to learn")
+    problem = CHECKS[schema](row) if schema in CHECKS else None
+    if problem:
+        raise RequestError(f"{where}: {problem}")
     return row
 
 
@@ -141,17 +159,17 @@ def _check(value: Any, kind: Any, field: str, where: str) -> None:
     else:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         good = isinstance(value, kinds) and not isinstance(value, bool)
-        wanted = " or ".join({str: "a string", int: "an integer", float: "a number"}[k] for k in kinds)
+        wanted = " or ".join(_NAMES[k] for k in kinds)
     if not good:
         raise RequestError(f"{where}: field {field!r} must be {wanted}, found {_shown(value)}")
-    if not all(_is_text(s) for s in (value if isinstance(value, list) else [value])):
+    if not _is_text(value):
         raise RequestError(f"{where}: field {field!r} holds half a surrogate pair, which is no text")
 
 
 def _is_text(value: Any) -> bool:
     """False for a string that UTF-8 cannot hold; JSON can spell such strings, tokenizers refuse them."""
     try:
-        str(value).encode("utf-8")
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
