@@ -96,10 +96,9 @@ def _models() -> list[Row]:
 
 
 def _metrics() -> list[Row]:
-    from jaxcl.metrics.matrix import METRICS
+    from jaxcl.metrics.table import METRICS
 
-    fields = ("name", "convention", "card", "papers", "needs")
-    return [{f: getattr(m, f) for f in fields} for m in METRICS.values()]
+    return [dataclasses.asdict(info) for info in METRICS.values()]
 
 
 def _named(table: Mapping[str, Any]) -> list[Row]:
@@ -159,6 +158,6 @@ TABLES: dict[str, Table] = {
     "methods": Table(_methods, lambda: list(METHODS.values()), ("name", "kind", "group", "card", "paper")),
     "streams": Table(_streams, _streams, ("name", "scenario", "stages", "metric", "regime", "card")),
     "models": Table(_models, _models, ("name", "size", "license", "hub", "wheel")),
-    "metrics": Table(_metrics, _metrics, ("name", "convention", "papers")),
+    "metrics": Table(_metrics, _metrics, ("name", "kind", "convention", "papers")),
     "experiments": Table(_experiments, _experiments, ("name", "about")),
 }

@@ -13,8 +13,9 @@ import pytest
 from samples import JOINT, R0, RANDOM, SINGLE, R, card_file
 
 from jaxcl.errors import RequestError
-from jaxcl.metrics.matrix import METRICS, cl_metrics, explain, make_scores, over_runs, series
+from jaxcl.metrics.matrix import METRICS, cl_metrics, explain, make_scores, series
 from jaxcl.metrics.matrix_file import parse_matrix
+from jaxcl.metrics.over_runs import over_runs
 from jaxcl.metrics.score import score_matrix
 
 CARD = {  # the values printed in the card, each worked out by hand there

@@ -12,47 +12,79 @@ from jaxcl.cli.terminal import cell, console, plain_table
 
 
 @click.command()
-@click.argument("matrix", metavar="MATRIX.json")
+@click.argument("runs", metavar="MATRIX.json...", nargs=-1, required=True)
+@click.option("--metric", "names", metavar="NAME", multiple=True, help="This metric only; may be given again.")
+@click.option("--one-scale", is_flag=True, help="Scores as shares of their evals' ranges.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def score(matrix: str, as_json: bool) -> None:
+def score(runs: tuple[str, ...], names: tuple[str, ...], one_scale: bool, as_json: bool) -> None:
     """Every metric of an accuracy matrix, by name.
 
-    Each name says its convention. MATRIX.json may also be a run directory; its predictions then give
-    intervals.
+    Each name says its convention, and who uses it stands beside it.
+    MATRIX.json may also be a run directory; its predictions then give
+    intervals. Several runs of one stream (other seeds, other orders) also
+    give mean and sample deviation over runs.
 
     \b
     Example:
       jaxcl score runs/first/matrix.json --json
+      jaxcl score runs/seed0 runs/seed1 runs/seed2
     """
-    from jaxcl.metrics.matrix_file import read_matrix
-    from jaxcl.metrics.score import score_matrix
+    from jaxcl.metrics.over_runs import score_run, score_runs
 
-    path = Path(matrix)
-    document = score_matrix(read_matrix(path), path if path.is_dir() else None)
+    paths = [Path(run) for run in runs]
+    document = score_runs(paths, names, one_scale) if len(paths) > 1 else score_run(paths[0], names, one_scale)
     if as_json:
         click.echo(json.dumps(document, indent=1, allow_nan=False))
+    elif len(paths) > 1:
+        _print_runs(document)
     else:
         _print_score(document)
 
 
 def _print_score(d: dict[str, Any]) -> None:
     out = console()
-    if d["partial"]:
-        out.print(f"partial: {d['stages_done']} of {d['stages']} stages are done; only their tasks count")
+    _print_partial(d)
     rows = [
-        {"metric": k, "value": m["value"], "95% interval": _interval(m)}
+        {"metric": k, "value": m["value"], "95% interval": _interval(m), "used by": m["papers"]}
         | {"convention, or why there is no value": m.get("reason") or m["convention"]}
         for k, m in d["metrics"].items()
     ]
-    out.print(plain_table(rows, list(rows[0])))
+    if rows:
+        out.print(plain_table(rows, list(rows[0])))
     steps = [{"after each stage": k, "values": [cell(x) for x in v]} for k, v in d["series"].items()]
-    out.print(plain_table(steps, ("after each stage", "values")))
+    if steps:
+        out.print(plain_table(steps, ("after each stage", "values")))
     if apart := d["drift"]["evals"]:
         rows = [{"drift of": k, **v} for k, v in apart.items()]
+        rows += [
+            {"drift of": f"all of role {role}", "role": m.get("papers"), "delta": m["value"]}
+            for role, m in d["drift"]["mean_delta"].items()
+        ]
         out.print(plain_table(rows, ("drift of", "role", "before", "after", "delta")))
     out.print(f"scores: {d['sign']}")
     if reason := d.get("intervals", {}).get("reason"):
         out.print(f"no intervals: {reason}")
+
+
+def _print_partial(d: dict[str, Any]) -> None:
+    if d["partial"]:
+        run = f"{d['path']}: " if "path" in d else ""
+        console().print(f"{run}partial: {d['stages_done']} of {d['stages']} stages are done; only their tasks count")
+
+
+def _print_runs(d: dict[str, Any]) -> None:
+    """A metric a row: over the runs, then run by run in their order."""
+    out = console()
+    for number, run in enumerate(d["runs"], 1):
+        _print_partial(run)
+        out.print(f"run {number}: {run['path']}")
+    rows = [
+        m | {"metric": name, "run by run": [cell(x) for x in m["values"]], "used by": m["papers"]}
+        | {"convention, or why there is no mean": m.get("reason") or m["convention"]}
+        for name, m in d["mean_and_deviation"].items()
+    ]
+    columns = ("metric", "mean", "deviation", "n", "run by run", "used by", "convention, or why there is no mean")
+    out.print(plain_table(rows, columns))
 
 
 def _interval(m: dict[str, Any]) -> str | None:

@@ -12,13 +12,14 @@ evals counts once for each of them, and "/ T" then reads "/ number of tasks".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxcl.errors import RequestError
+from jaxcl.metrics.info import Found
 
 CARD = "metrics/accuracy-matrix"
 _NULL = "a cell or baseline that it averages over was not measured"
@@ -68,7 +69,8 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """A metric: the mean of ``terms`` over the last axis, or with ``over_T`` their sum / number of tasks."""
+    """A metric: the mean of ``terms`` over the last axis, or with ``over_T`` their sum / number of tasks; ``then`` of
+    that."""
 
     name: str
     convention: str
@@ -79,6 +81,8 @@ class MetricInfo:
     undefined: str = "undefined: no task was learned before the last stage"
     card: str = CARD
     lower_is_better: bool = False
+    kind: str = "matrix"
+    then: Callable[[np.ndarray], np.ndarray] | None = None
 
     def of(self, s: Scores) -> tuple[np.ndarray | None, str | None]:
         """(value f64[...] with NaN where unmeasured, None), or (None, the reason)."""
@@ -90,7 +94,8 @@ class MetricInfo:
         terms = self.terms(s)
         if not terms.shape[-1]:
             return None, self.undefined
-        return terms.sum(-1) / (len(s.learned) if self.over_T else terms.shape[-1]), None
+        value = terms.sum(-1) / (len(s.learned) if self.over_T else terms.shape[-1])
+        return (self.then(value) if self.then else value), None
 
 
 def _aa_per_stage(s: Scores) -> np.ndarray:
@@ -195,10 +200,10 @@ def make_scores(
     return Scores(R[..., seen], own[seen], **rows)
 
 
-def explain(s: Scores) -> dict[str, tuple[float | None, str | None]]:
+def explain(s: Scores, metrics: Mapping[str, MetricInfo] | None = None) -> dict[str, Found]:
     """{metric: (value, None) or (None, reason)} of one matrix; never averages over unmeasured cells."""
-    out: dict[str, tuple[float | None, str | None]] = {}
-    for name, info in METRICS.items():
+    out: dict[str, Found] = {}
+    for name, info in (METRICS if metrics is None else metrics).items():
         value, reason = info.of(s)
         missing = value is None or bool(np.isnan(value))
         out[name] = (None, reason or _NULL) if missing else (float(np.asarray(value)), None)
@@ -233,16 +238,3 @@ def cl_metrics(
     """
     scores = make_scores(R, row0, random, single, joint, learned)
     return {name: value for name, (value, _) in explain(scores).items()}
-
-
-def over_runs(runs: Sequence[dict[str, float | None]]) -> dict[str, tuple[float, float] | None]:
-    """{metric: (mean, sample standard deviation)} over seeds or orders; None where a run has no value.
-
-    Computed run by run: averaging the matrices first would bias every metric that takes a maximum.
-    """
-    out: dict[str, tuple[float, float] | None] = {}
-    for name in runs[0] if runs else ():
-        values = [v for run in runs if (v := run.get(name)) is not None]
-        whole = len(values) == len(runs) > 1
-        out[name] = (float(np.mean(values)), float(np.std(values, ddof=1))) if whole else None
-    return out
