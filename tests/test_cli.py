@@ -215,6 +215,7 @@ def test_score_as_table_and_json(card, capsys, tmp_path):
         "value": None,
         "reason": "needs row0",
         "convention": "",
+        "papers": "",
     }
 
 

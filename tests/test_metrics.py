@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+from oracle import oracle
 from samples import JOINT, R0, RANDOM, SINGLE, R, card_file
 
 from jaxcl.errors import RequestError
@@ -75,17 +73,9 @@ def test_series_equal_the_card():
     assert found["bwt_over_T"][1:] == pytest.approx([-0.10 / 2, (0.04 - 0.18) / 3, -0.055], abs=1e-9)  # TRACE
 
 
-def oracle():
-    data = os.environ.get("JAXCL_DATA")
-    path = Path(data).parent / "methods" / "metrics" / "oracle.json" if data else None
-    if path is None or not path.is_file():
-        pytest.skip("no oracle.json beside $JAXCL_DATA")
-    return json.loads(path.read_text())
-
-
 def test_every_metric_equals_the_oracle_file():
-    o = oracle()
-    m = o["matrix"]
+    o = {"metrics": oracle("metrics")}
+    m = oracle("matrix")
     found = cl_metrics(m["R"], m["R0"], m["RAND"], m["SINGLE"], m["JOINT"])
     for ours, theirs in ORACLE_NAMES.items():
         assert found[ours] == pytest.approx(o["metrics"][theirs], abs=1e-6), ours

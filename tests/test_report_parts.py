@@ -33,6 +33,7 @@ def test_a_joint_run_is_the_joint_baseline_of_the_others(runs):
         "value": None,
         "reason": "needs joint",
         "convention": found["joint"]["intransigence_mean"]["convention"],
+        "papers": "",
     }
     alone = read_runs(runs[1:2], intervals=False)[0].score["metrics"]
     assert alone["intransigence_mean"]["reason"] == "needs joint"

@@ -114,8 +114,9 @@ def test_fuar_of_the_oracle_file():
 
 CKL = {  # retained, updated, new, printed FUAR: the seven rows of CKL's table (T5-large)
     "vanilla": (12.89, 10.17, 3.77, 1.08), "RecAdam": (13.20, 12.55, 4.02, 0.84),
-    "Mix-Review": (13.92, 6.49, 2.89, 1.74), "LoRA": (16.58, 12.77, 4.52, 0.55), "K-Adapter 2": (19.59, 12.34, 5.03, 0.33),
-    "K-Adapter 3": (19.76, 12.66, 4.02, 0.33), "Modular": (20.29, 12.66, 4.65, 0.28),
+    "Mix-Review": (13.92, 6.49, 2.89, 1.74), "LoRA": (16.58, 12.77, 4.52, 0.55),
+    "K-Adapter 2": (19.59, 12.34, 5.03, 0.33), "K-Adapter 3": (19.76, 12.66, 4.02, 0.33),
+    "Modular": (20.29, 12.66, 4.65, 0.28),
 }  # fmt: skip
 
 
@@ -184,6 +185,12 @@ def test_nats_are_for_losses_in_nats():
     assert found["ppl_final"]["value"] == pytest.approx(math.exp(7.3 / 3))
     assert found["ppl_relative_to_start"]["value"] == pytest.approx(math.exp((2.6 + 2.5 + 2.2 - 2.9 - 3.3 - 3.6) / 3))
     assert found["aa"]["value"] == pytest.approx(-7.3 / 3)  # the plain ones stay, negated
+    perplexities = nll_file(row0=np.exp([2.9, 3.3, 3.6]).tolist(), rows=np.exp(nll_file()["rows"]).tolist())
+    perplexities["evals"] = [e | {"metric": "perplexity"} for e in perplexities["evals"]]
+    same = score_matrix(parse_matrix(perplexities, "x"))
+    assert "logarithms" in same["sign"] and same["metrics"].keys() == found.keys()
+    for name, entry in same["metrics"].items():  # differences of logarithms, never of perplexities
+        assert entry["value"] == pytest.approx(found[name]["value"]), name
     bytes_ = nll_file()
     bytes_["evals"] = [e | {"metric": "bits_per_byte"} for e in bytes_["evals"]]
     assert nats.NATS.keys().isdisjoint(score_matrix(parse_matrix(bytes_, "x"))["metrics"])

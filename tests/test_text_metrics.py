@@ -12,6 +12,7 @@ from oracle import oracle
 
 from jaxcl.errors import RequestError
 from jaxcl.metrics.overlap import f_measure, lcs_precision_recall, numbers, overlap_f1, restore_literals
+from jaxcl.metrics.pooling import POOLS
 from jaxcl.metrics.rouge import Words
 from jaxcl.metrics.sari import sari
 from jaxcl.metrics.text import TEXT_METRICS
@@ -180,6 +181,7 @@ def test_summed_statistics_are_the_corpus_score(name):
     corpus = scorer(name).corpus_score(SAID, by_column)
     parts = [TEXT_METRICS[name].of(said, wanted) for said, wanted in zip(SAID, WANTED)]
     total = np.sum(parts, axis=0)
+    assert POOLS[name](total) == pytest.approx(corpus.score)
     assert TEXT_METRICS[name].pool == name and total.shape == ({"bleu": 10, "chrf": 18}[name],)
     if name == "bleu":
         said, wanted, right, all_ = total[0], total[1], total[2:6], total[6:]

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxcl.errors import RequestError
-from jaxcl.metrics.matrix import METRICS
 from jaxcl.metrics.matrix_file import Matrix
 from jaxcl.metrics.pooling import pool_named
 from jaxcl.metrics.predictions import ItemScores, read_items
-from jaxcl.metrics.score import mixed, task_columns, task_scores
+from jaxcl.metrics.score import metrics_of, mixed, task_columns, task_scores
 
 RESAMPLES, SEED, LEVEL = 2000, 0, 0.95
 _CHUNK = 4_000_000  # indices drawn at once
@@ -70,7 +69,7 @@ def _agrees(m: Matrix, column: int, items: ItemScores) -> bool:
 def _metric_draws(m: Matrix, boot: np.ndarray) -> dict[str, np.ndarray]:
     """{metric: f64[resamples]} of those that the resampled matrices define."""
     scores = task_scores(m, boot[:, 1:], boot[:, 0])
-    values = {name: info.of(scores)[0] for name, info in METRICS.items()}
+    values = {name: info.of(scores)[0] for name, info in metrics_of(m).items()}
     return {k: v for k, v in values.items() if v is not None and not np.isnan(v).any()}
 
 

@@ -15,7 +15,7 @@ from jaxcl.errors import RequestError, nearest
 from jaxcl.metrics.pooling import POOLS
 
 SCHEMA = 1
-ROLES = ("task", "general", "instruction", "safety", "probe")
+ROLES = ("task", "general", "probe", "instruction", "safety")
 BASELINES = ("random", "single", "joint")
 MAX_BYTES = 64 << 20
 _SLACK = 1e-9  # a mean of values inside a range may leave it by rounding

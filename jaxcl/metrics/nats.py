@@ -15,8 +15,6 @@ from jaxcl.errors import RequestError
 from jaxcl.metrics.matrix import METRICS, MetricInfo
 
 CARD = "metrics/rouge-ppl"
-METRIC = "nll"
-"""The ``metric`` of evals whose scores are nats per token; the numbers below are defined for no other."""
 
 
 def perplexity(mean_nll: Sequence[float], tokens: Sequence[int]) -> float:
@@ -58,4 +56,4 @@ _ROWS = (
                lower_is_better=True, then=_exp_of_mean_loss),
 )  # fmt: skip
 NATS: dict[str, MetricInfo] = {m.name: m for m in _ROWS}
-"""Over the matrices whose task evals are all mean nll (`METRIC`)."""
+"""Of matrices whose task evals all have the metric ``nll`` (nats per token) or ``perplexity`` (its exponential)."""

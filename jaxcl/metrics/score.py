@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcl.metrics.matrix import METRICS, MetricInfo, Scores, explain, make_scores, series
 from jaxcl.metrics.matrix_file import BASELINES, Eval, Matrix, parse_matrix
-from jaxcl.metrics.nats import METRIC, NATS
+from jaxcl.metrics.nats import NATS
 from jaxcl.metrics.trace import DELTAS, on_one_scale
 
 
@@ -26,9 +26,12 @@ def sign(m: Matrix) -> int:
 
 
 def metrics_of(m: Matrix) -> dict[str, MetricInfo]:
-    """What a matrix can have: the accuracy matrix's metrics, and those in nats where its task evals are mean nll."""
-    tasks = [m.evals[i].metric for i in task_columns(m)]
-    return METRICS | NATS if tasks and set(tasks) == {METRIC} else METRICS
+    """What a matrix can have: the accuracy matrix's metrics, and those in nats where its task evals are nll."""
+    return METRICS | NATS if _task_metrics(m) in ({"nll"}, {"perplexity"}) else METRICS
+
+
+def _task_metrics(m: Matrix) -> set[str]:
+    return {m.evals[i].metric for i in task_columns(m)}
 
 
 def mixed(m: Matrix) -> str | None:
@@ -61,14 +64,16 @@ def one_scale(m: Matrix) -> Matrix:
 
 
 def task_scores(m: Matrix, R: np.ndarray | None = None, row0: np.ndarray | None = None) -> Scores:
-    """The task matrix of a file, negated where it holds losses. R, row0: other values of the same shape
-    with any leading axes (resampled ones), f64[..., rows, evals] and f64[..., evals]."""
+    """The task matrix of a file, negated where it holds losses; of perplexities the logarithms, since only those are
+    added and subtracted. R, row0: other values of the same shape with any leading axes (resampled ones), f64[..., rows,
+    evals] and f64[..., evals]."""
     cols, s = task_columns(m), sign(m)
+    log = np.log if _task_metrics(m) == {"perplexity"} else np.asarray
     learned = [t for i in cols if (t := m.learned(m.evals[i].id)) is not None]
     row0 = m.row0 if row0 is None else row0
-    base = {k: s * v[cols] for k in BASELINES if (v := getattr(m, k)) is not None}
-    zero = None if np.isnan(m.row0[cols]).all() else s * row0[..., cols]
-    return make_scores(s * (m.rows if R is None else R)[..., cols], zero, learned=learned, **base)
+    base = {k: s * log(v[cols]) for k in BASELINES if (v := getattr(m, k)) is not None}
+    zero = None if np.isnan(m.row0[cols]).all() else s * log(row0[..., cols])
+    return make_scores(s * log((m.rows if R is None else R)[..., cols]), zero, learned=learned, **base)
 
 
 def drift(m: Matrix) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def score_matrix(m: Matrix | Mapping[str, Any], run: Path | None = None) -> dict
         "stages": len(m.stages),
         "stages_done": len(m.rows),
         "partial": m.partial,
-        "sign": "losses: negated first, so that higher is better" if sign(m) < 0 else "higher is better",
+        "sign": _sign_in_words(m),
         "metrics": metrics,
         "series": {} if blocked else series(scores),
         "drift": drift(m),
@@ -138,6 +143,13 @@ def score_matrix(m: Matrix | Mapping[str, Any], run: Path | None = None) -> dict
     if run is not None and not blocked:
         _add_intervals(document, m, run)
     return document
+
+
+def _sign_in_words(m: Matrix) -> str:
+    if sign(m) > 0:
+        return "higher is better"
+    what = "logarithms of perplexities" if _task_metrics(m) == {"perplexity"} else "losses"
+    return f"{what}: negated first, so that higher is better"
 
 
 def _add_intervals(document: dict[str, Any], m: Matrix, run: Path) -> None:

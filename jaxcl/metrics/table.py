@@ -14,7 +14,7 @@ from jaxcl.metrics.text import TEXT_METRICS, TextMetric
 
 KINDS = {
     "matrix": "an accuracy matrix: tasks, each taught by a stage",
-    "nats": "task evals whose metric is nll",
+    "nats": "task evals whose metric is nll, or perplexity",
     "drift": "evals that no stage teaches",
     "text": "written answers",
     "editing": "edits",
