@@ -68,7 +68,8 @@ class Settings:
     """How a stream is read. data_dir: default $JAXCL_DATA. window: tokens of a row; longer inputs are cut, never the
     question or the answer. rows, test_rows: at most so many of a stage and of an eval, drawn by ``seed``. order: 'given',
     'random' (by seed) or 'similarity' (each stage followed by the nearest one left). allow: names of leaks that are
-    known and accepted. options: what one stream alone knows, such as ``{'shots': 10}``. RequestError: another order."""
+    known and accepted. options: what one stream alone knows, such as ``{'shots': 10}``. RequestError: another order.
+    """
 
     data_dir: str | Path | None = None
     window: int = 256
