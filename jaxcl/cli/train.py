@@ -1,4 +1,4 @@
-"""jaxcl demo, run: what trains."""
+"""jaxcl demo, run, evaluate: what trains, and what a model does before it is trained."""
 
 from __future__ import annotations
 
@@ -46,4 +46,26 @@ def run(
     return run_experiment(experiment, list(overrides), data, out, obj["debug"])
 
 
-COMMANDS = (demo, run)
+@click.command()
+@click.argument("experiment")
+@click.option("--set", "overrides", metavar="A.B=C", multiple=True, help="Change a value of the Config.")
+@click.option("--data", metavar="DIR", help="Data directory (default: $JAXCL_DATA).")
+@click.option("--out", metavar="DIR", help="Run directory (default: runs/<experiment>/<hash of Config>-untrained).")
+def evaluate(experiment: str, overrides: tuple[str, ...], data: str | None, out: str | None) -> int:
+    """Measure EXPERIMENT's model untrained, on all its evals.
+
+    Writes what `run` writes before it trains: matrix.json with row 0 alone, metrics.json and predictions.
+
+    \b
+    Example:
+      jaxcl evaluate scenario --set stream=intent/clinc150 --set test_rows=100 --data data
+    """
+    from jaxcl.experiment_files import find
+
+    find(experiment)
+    from jaxcl.core.zero_shot import evaluate_experiment
+
+    return evaluate_experiment(experiment, list(overrides), data, out)
+
+
+COMMANDS = (demo, run, evaluate)

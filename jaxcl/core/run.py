@@ -32,6 +32,15 @@ def run_experiment(
     debug: bool = False,
 ) -> int:
     """Runs or continues an experiment; returns 0. Raises JaxclError with the exit status otherwise."""
+    exp, folder, name, config = opened(name_or_path, overrides, data, out)
+    train(exp, folder, name=name, config=config)
+    return 0
+
+
+def opened(
+    name_or_path: str, overrides: Sequence[str], data: str | None, out: str | None, suffix: str = ""
+) -> tuple[Experiment, Path, str, Any]:
+    """(the experiment built, its run directory, its name, its resolved Config as JSON). Raises RequestError."""
     if data is not None:
         if not Path(data).is_dir():
             raise RequestError(f"--data {data}: no such directory")
@@ -41,9 +50,8 @@ def run_experiment(
     name = Path(name_or_path).stem if name_or_path.endswith(".py") else Path(name_or_path).name
     name = Path(name_or_path).resolve().parent.name if name == "experiment" else name
     plain = as_json(cfg)
-    folder = Path(out) if out else Path("runs") / name / short_hash(plain)
-    train(module.build(cfg), folder, name=name, config=plain)
-    return 0
+    folder = Path(out) if out else Path("runs") / name / (short_hash(plain) + suffix)
+    return module.build(cfg), folder, name, plain
 
 
 def train(
@@ -52,15 +60,9 @@ def train(
     """Trains an experiment in a run directory, continuing what is there. None when it was finished already."""
     reporter = reporter or Reporter()
     rundir = RunDir(Path(out), jax.process_index())
-    identity = {
-        "experiment": name,
-        "config": config or {},
-        "methods": {m.name: _plain(m.hparams) for m in exp.methods},
-        "source": _plain(exp.source),
-    }
+    identity, facts = identity_of(exp, name, config), facts_of(exp)
     rundir.check(identity)
     old = rundir.read("config.json")
-    facts = {"seed": exp.seed, "versions": _versions(), "commit": _commit(), "devices": [str(d) for d in jax.devices()]}
     if old is not None and rundir.read("metrics.json") is not None:
         reporter.say(f"{out} is finished; its numbers are in metrics.json")
         return None
@@ -79,6 +81,18 @@ def train(
             loop.compiled.compilations.close()
     reporter.say(f"done: {out}")
     return loop
+
+
+def identity_of(exp: Experiment, name: str, config: Any) -> dict[str, Any]:
+    """What must be equal for a run directory to be this run's."""
+    methods = {m.name: _plain(m.hparams) for m in exp.methods}
+    return {"experiment": name, "config": config or {}, "methods": methods, "source": _plain(exp.source)}
+
+
+def facts_of(exp: Experiment) -> dict[str, Any]:
+    """What is written down beside it."""
+    devices = [str(d) for d in jax.devices()]
+    return {"seed": exp.seed, "versions": _versions(), "commit": _commit(), "devices": devices}
 
 
 def _plain(value: Any) -> Any:

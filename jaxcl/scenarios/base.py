@@ -66,9 +66,10 @@ class StreamInfo(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How a stream is read. data_dir: default $JAXCL_DATA. window: tokens of a row; longer inputs are cut, never the
-    question or the answer. rows, test_rows: at most so many of a stage and of an eval, drawn by ``seed``. order: 'given',
-    'random' (by seed) or 'similarity' (each stage followed by the nearest one left). allow: names of leaks that are
-    known and accepted. options: what one stream alone knows, such as ``{'shots': 10}``. RequestError: another order.
+    question or the answer. rows, test_rows: at most so many of a stage and of an eval, drawn by ``seed``. order:
+    'given', 'random' (by seed) or 'similarity' (each stage followed by the nearest one left). allow: names of leaks
+    that are known and accepted. options: what one stream alone knows, such as ``{'shots': 10}``. RequestError:
+    another order.
     """
 
     data_dir: str | Path | None = None
@@ -102,8 +103,8 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A stream that was read. keeps: the most that a method may hold of past stages. notes: what a reader of the results
-    should know (leaks that were allowed, how data was cut), JSON."""
+    """A stream that was read. keeps: the most that a method may hold of past stages. notes: what a reader of the
+    results should know (leaks that were allowed, how data was cut), JSON."""
 
     info: StreamInfo
     stages: Sequence[Stage]
