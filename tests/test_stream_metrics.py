@@ -1,4 +1,4 @@
-"""TRACE, CITB, FUAR, CMR and losses in nats: the cards' worked numbers and invariants."""
+"""TRACE, CITB, FUAR and losses in nats: the cards' worked numbers and invariants."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from oracle import oracle
 from samples import R0, R, card_file
 
 from jaxcl.errors import RequestError
-from jaxcl.metrics import cmr, nats, trace
-from jaxcl.metrics.fuar import NO_GAIN, fuar
+from jaxcl.metrics import nats, trace
+from jaxcl.metrics.fuar import NO_GAIN, fuar, fuar_of
 from jaxcl.metrics.matrix_file import parse_matrix
 from jaxcl.metrics.score import score_matrix
 
@@ -141,6 +141,26 @@ def test_fuar_invariants():
             fuar(*bad)
 
 
+def test_fuar_of_a_matrix():
+    """The worked example of two stages, as a run's probes."""
+    names = ("kept0", "kept1", "changed", "new")
+    columns = ([24, 20, 19], [None, 15, 11], [4, 5, 9], [2, 3, 6])
+    task = card_file()["evals"][0]
+    evals = [task | {"id": name, "role": "probe", "range": [0, 100]} for name in names]
+    rows = [[None if x is None else float(x) for x in row] for row in zip(*columns)]
+    obj = {"schema": 1, "stages": [{"name": f"s{i}", "evals": []} for i in range(2)], "evals": evals,
+           "row0": rows[0], "rows": rows[1:]}  # fmt: skip
+    m = parse_matrix(obj, "x")
+    asked = {"retain": ["kept0", "kept1"], "update": "changed", "acquire": "new"}
+    assert fuar_of(m, **asked) == (pytest.approx(0.5625), None)
+    assert fuar_of(m, **asked | {"acquire": None})[0] == pytest.approx(9 / (5 + 4))
+    with pytest.raises(RequestError, match="unknown probe 'chanjed'; did you mean 'changed'"):
+        fuar_of(m, **asked | {"update": "chanjed"})
+    evals[2] |= {"higher_is_better": False, "metric": "nll"}
+    with pytest.raises(RequestError, match="probe 'changed' is scored by nll"):
+        fuar_of(parse_matrix(obj, "x"), **asked)
+
+
 # perplexity and nats
 
 
@@ -196,48 +216,3 @@ def test_nats_are_for_losses_in_nats():
     assert nats.NATS.keys().isdisjoint(score_matrix(parse_matrix(bytes_, "x"))["metrics"])
     without = score_matrix(parse_matrix(nll_file(row0=None), "x"))["metrics"]["ppl_relative_to_start"]
     assert without["value"] is None and without["reason"] == "needs row0"
-
-
-# refinement
-
-STEPS = [cmr.Step(4, 1, 1, 0.90, None, 0.30), cmr.Step(4, 2, 1, 0.85, 0.75, 0.35),
-         cmr.Step(4, 3, 3, 0.80, 0.70, 0.38), cmr.Step(4, 2, 2, 0.82, 0.78, 0.42)]  # fmt: skip
-
-
-def test_refinement_of_the_card():
-    assert [cmr.efr(s)[0] for s in STEPS] == [1, 0.5, 1, 1]
-    assert cmr.success(STEPS) == [0.75, 0.5, 0.25, 0.5]
-    assert cmr.cumulative_success(STEPS) == [0.75, 0.625, 0.5, 0.5]
-    found = cmr.refinement(STEPS, after={"ukr": 0.8, "okr": 0.9, "kg": 0.4})
-    assert found["efr_mean"][0] == 0.875 and found["oec"][0] == pytest.approx(0.63)
-    assert found["ukr_mean"][0] == pytest.approx(0.8425) and found["okr_mean"][0] == pytest.approx(2.23 / 3)
-    assert found["oec_after"][0] == pytest.approx((0.5 + 0.8 + 0.9 + 0.4) / 4)
-
-
-def test_refinement_of_the_oracle_file():
-    o = oracle("cmr")
-    columns = zip(o["errors"], o["fixed"], o["UKR"], o["OKR"], o["KG"])
-    steps = [cmr.Step(o["batch"], *column) for column in columns]
-    assert [cmr.efr(s)[0] for s in steps] == pytest.approx(o["EFR"])
-    assert cmr.success(steps) == pytest.approx(o["SR"]) and cmr.cumulative_success(steps) == pytest.approx(o["CSR"])
-    found = cmr.refinement(steps)
-    assert found["efr_mean"][0] == pytest.approx(o["mean_EFR"], abs=1e-6)
-    assert found["oec"][0] == pytest.approx(o["OEC_T"], abs=1e-6)
-
-
-def test_refinement_invariants():
-    assert cmr.cumulative_success(STEPS)[-1] == pytest.approx(np.mean(cmr.success(STEPS)))  # equal batches
-    perfect = cmr.refinement([cmr.Step(4, 0, 0, 0.9, 0.9, 0.9)] * 3)
-    assert perfect["csr"] == (1.0, None)
-    assert perfect["efr_mean"] == (None, "undefined: no step's error-fixing rate is defined")
-    frozen = cmr.refinement([cmr.Step(4, 2, 0, 0.9, 0.7, 0.3)] * 3)
-    assert frozen["efr_mean"] == (0.0, None) and frozen["ukr"] == frozen["ukr_mean"] == (0.9, None)
-    bare = cmr.refinement([cmr.Step(4, 2, 1)])
-    assert bare["ukr"] == (None, "not measured at the last step") and bare["oec"] == (None, "needs ukr, okr, kg")
-    assert bare["ukr_after"] == (None, "not measured after the last repair") and bare["ukr_mean"][0] is None
-    assert cmr.efr(cmr.Step(4, 0, 0)) == (None, "undefined: there was no error to fix")
-    for bad in (cmr.Step(4, 5, 1), cmr.Step(4, 1, 2), cmr.Step(0, 0, 0), cmr.Step(4, -1, -1)):
-        with pytest.raises(RequestError, match="step 2 has"):
-            cmr.refinement([STEPS[0], bad])
-    with pytest.raises(RequestError, match="without steps"):
-        cmr.refinement([])

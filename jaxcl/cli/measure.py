@@ -78,6 +78,8 @@ def _print_runs(d: dict[str, Any]) -> None:
     for number, run in enumerate(d["runs"], 1):
         _print_partial(run)
         out.print(f"run {number}: {run['path']}")
+    for key, values in d["differences"].items():
+        out.print(f"{key}, run by run: {', '.join(map(str, values))}")
     rows = [
         m | {"metric": name, "run by run": [cell(x) for x in m["values"]], "used by": m["papers"]}
         | {"convention, or why there is no mean": m.get("reason") or m["convention"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import string
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +12,11 @@ from jaxcl.data.encode import check_frames, fit_prompt, target_ids
 from jaxcl.data.template import Template
 from jaxcl.errors import RequestError, unknown
 from jaxcl.evaluate.base import Eval, Item, Progress, accepted, bucket, check_items, filled, grouped
+from jaxcl.metrics.overlap import lenient, strict
 from jaxcl.models.generate import generate
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
-
-
-def strict(text: str) -> str:
-    """White space at both ends is dropped; case and punctuation count."""
-    return text.strip()
-
-
-def lenient(text: str) -> str:
-    """Lower case, ASCII punctuation removed, white space collapsed (the Natural Instructions rule)."""
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 RULES: dict[str, Callable[[str], str]] = {"strict": strict, "lenient": lenient}

@@ -8,7 +8,7 @@ Right is an exact match of the written answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from jaxcl.errors import RequestError
 from jaxcl.metrics.info import Found, Info, mean_of_found
 
 CARD = "metrics/cmr-metrics"
+T = TypeVar("T")
 HELD_OUT = {
     "ukr": "the fixed upstream sample",
     "okr": "the sample of past submissions, right and wrong ones",
@@ -49,6 +50,15 @@ def cumulative_success(steps: Sequence[Step]) -> list[float]:
     """CSR_t: share of all queries up to t answered right before the repairs."""
     errors, queries = (np.cumsum([getattr(step, name) for step in steps]) for name in ("errors", "queries"))
     return [float(x) for x in 1 - errors / queries]
+
+
+def past_sample(history: Sequence[T], size: int, *, seed: int, step: int) -> list[T] | None:
+    """The ``size`` past submissions that OKR asks at a step, right and wrong ones alike: a fresh draw a step, the same
+    for all methods that saw the same stream; None while there are too few."""
+    if len(history) < size:
+        return None
+    drawn = np.random.default_rng([seed, step]).choice(len(history), size, replace=False)
+    return [history[i] for i in sorted(drawn)]
 
 
 def refinement(steps: Sequence[Step], after: Mapping[str, float] | None = None) -> dict[str, Found]:

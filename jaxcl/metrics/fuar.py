@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxcl.errors import RequestError
+from jaxcl.errors import RequestError, unknown
 from jaxcl.metrics.info import Found, Info
+from jaxcl.metrics.matrix_file import Matrix
 
 CARD = "metrics/trace-citb-fuar"
 _PROBES = ("retained facts", "updated or new facts")
@@ -48,6 +49,27 @@ def fuar(
     gaps = np.nansum(gaps, axis=0) if joint_max else gaps
     gain = float(np.nansum(np.maximum(0.0, gaps)))
     return (lost / gain, None) if gain > 0 else (None, NO_GAIN)
+
+
+def fuar_of(
+    m: Matrix, *, retain: Sequence[str], update: str | None, acquire: str | None, joint_max: bool = False
+) -> Found:
+    """`fuar` of a matrix by the ids of its probes: retain[i] holds the facts of stage i (stage 0 is row 0) that must
+    stay, update and acquire those of the last stage that is done. RequestError for ids that the matrix does not have,
+    and for a probe that is a loss."""
+    ids = [e.id for e in m.evals]
+    rows = np.concatenate([m.row0[None], m.rows])
+
+    def scores(probe: str) -> list[float]:
+        if probe not in ids:
+            raise unknown("probe", probe, ids)
+        column = ids.index(probe)
+        if not m.evals[column].higher_is_better:
+            raise RequestError(f"probe {probe!r} is scored by {m.evals[column].metric}; accepted: scores, not losses")
+        return [float(x) for x in rows[:, column]]
+
+    gained = (None if probe is None else scores(probe) for probe in (update, acquire))
+    return fuar([scores(probe) for probe in retain], *gained, joint_max=joint_max)
 
 
 def _row(scores: Scores) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.errors import RequestError
-from jaxcl.metrics.matrix_file import Matrix, read_matrix
+from jaxcl.metrics.matrix_file import Matrix, load_json, read_matrix
 from jaxcl.metrics.score import one_scale as on_one_scale
 from jaxcl.metrics.score import score_matrix
 from jaxcl.metrics.table import required
@@ -39,11 +39,12 @@ def score_run(path: Path, names: Sequence[str] = (), one_scale: bool = False) ->
 
 
 def score_runs(paths: Sequence[Path], names: Sequence[str] = (), one_scale: bool = False) -> dict[str, Any]:
-    """{"schema", "runs": [{"path", ...the document of `score_matrix`}], "mean_and_deviation": {metric: {"mean",
-    "deviation", "n", "values", "convention", "papers"[, "reason"]}}}; drift's mean deltas are among the metrics.
+    """{"schema", "runs": [{"path", ...the document of `score_matrix`}], "differences": {key of Config: one value a run},
+    "mean_and_deviation": {metric: {"mean", "deviation", "n", "values", "convention", "papers"[, "reason"]}}}; drift's
+    mean deltas are among the metrics.
 
     Run directories or matrix files of one stream, in any order of its stages. RequestError: as `score_run`, a run given
-    twice, another stream or other evals, the difference named.
+    twice, another stream, other evals or other methods, the difference named.
     """
     twice = next((p for i, p in enumerate(paths) if p.resolve() in [q.resolve() for q in paths[:i]]), None)
     if twice is not None:
@@ -51,8 +52,13 @@ def score_runs(paths: Sequence[Path], names: Sequence[str] = (), one_scale: bool
     matrices = [(path, read_matrix(path)) for path in paths]
     for other in matrices[1:]:
         _same_stream(matrices[0], other)
+    configs = [(path, _config(path)) for path in paths]
+    for config in configs[1:]:
+        _same_methods(configs[0], config)
     documents = [{"path": str(path)} | _only(_scored(path, m, one_scale), names, str(path)) for path, m in matrices]
-    return {"schema": 1, "runs": documents, "mean_and_deviation": _summary(documents, names)}
+    differences = _differences([found.get("config") for _, found in configs])
+    summary = _summary(documents, names)
+    return {"schema": 1, "runs": documents, "differences": differences, "mean_and_deviation": summary}
 
 
 def _scored(path: Path, m: Matrix, one_scale: bool) -> dict[str, Any]:
@@ -92,6 +98,30 @@ def _same_stream(a: tuple[Path, Matrix], b: tuple[Path, Matrix]) -> None:
                 if u != v:
                     difference = f"{field} of {what} {name!r} is {u!r} in {a[0]} and {v!r} in {b[0]}"
                     raise RequestError(f"{difference}; accepted: runs of one stream")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What a run directory was made with, empty for a matrix file."""
+    file = path / "config.json"
+    found = load_json(file) if file.is_file() else {}
+    if not isinstance(found, dict):
+        raise RequestError(f"{file} is {type(found).__name__}; accepted: a JSON object")
+    return found
+
+
+def _same_methods(a: tuple[Path, dict[str, Any]], b: tuple[Path, dict[str, Any]]) -> None:
+    """A mean over methods says nothing; runs that do not say theirs are taken as they are."""
+    ours, theirs = (", ".join(map(str, config.get("methods") or ())) for _, config in (a, b))
+    if a[1] and b[1] and ours != theirs:
+        shown = f"methods are {ours or 'none'} in {a[0]} and {theirs or 'none'} in {b[0]}"
+        raise RequestError(f"{shown}; accepted: seeds or orders of one experiment (jaxcl report compares methods)")
+
+
+def _differences(configs: Sequence[Any]) -> dict[str, list[Any]]:
+    """What was varied: {key: value in each run} of the Configs' keys that are not the same in all."""
+    known = [config if isinstance(config, dict) else {} for config in configs]
+    values = {key: [config.get(key) for config in known] for key in dict.fromkeys(k for c in known for k in c)}
+    return {key: column for key, column in values.items() if any(value != column[0] for value in column)}
 
 
 def _summary(documents: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
