@@ -39,7 +39,7 @@ def score_run(path: Path, names: Sequence[str] = (), one_scale: bool = False) ->
 
 
 def score_runs(paths: Sequence[Path], names: Sequence[str] = (), one_scale: bool = False) -> dict[str, Any]:
-    """{"schema", "runs": [{"path", ...the document of `score_matrix`}], "differences": {key of Config: one value a run},
+    """{"schema", "runs": [{"path", ...the document of `score_matrix`}], "differences": {key of Config: a value a run},
     "mean_and_deviation": {metric: {"mean", "deviation", "n", "values", "convention", "papers"[, "reason"]}}}; drift's
     mean deltas are among the metrics.
 
@@ -111,7 +111,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _same_methods(a: tuple[Path, dict[str, Any]], b: tuple[Path, dict[str, Any]]) -> None:
     """A mean over methods says nothing; runs that do not say theirs are taken as they are."""
-    ours, theirs = (", ".join(map(str, config.get("methods") or ())) for _, config in (a, b))
+    ours, theirs = (", ".join(m) if isinstance(m := c.get("methods"), dict) else "" for _, c in (a, b))
     if a[1] and b[1] and ours != theirs:
         shown = f"methods are {ours or 'none'} in {a[0]} and {theirs or 'none'} in {b[0]}"
         raise RequestError(f"{shown}; accepted: seeds or orders of one experiment (jaxcl report compares methods)")
