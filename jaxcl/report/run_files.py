@@ -1,4 +1,4 @@
-"""Reading run directories for a report, finished or not, and checking that they can stand side by side."""
+"""Reading run directories for a report, finished or not."""
 
 from __future__ import annotations
 
@@ -12,15 +12,24 @@ import numpy as np
 
 from jaxcl.errors import RequestError
 from jaxcl.metrics.matrix_file import Matrix, load_json, read_matrix
-from jaxcl.metrics.score import score_matrix
 
 HEADLINES = ("aa", "fgt_max", "bwt_over_T_minus_1", "learning_accuracy", "zero_shot_gain")
 _NOTHING_YET = Matrix((), (), np.zeros(0), np.zeros((0, 0)))
 _MAX_LOG = 256 << 20
 
 
+class Logged(NamedTuple):
+    """A line of log.jsonl. loss: the objective, without what methods add to it, where the line tells them apart."""
+
+    step: int
+    loss: float
+    stage: int
+
+
 class Run(NamedTuple):
-    """One run directory. score: the document of `score_matrix`; losses: (step, loss) pairs of log.jsonl."""
+    """One run directory. score: the document of `score_matrix`; bounds f64[2, 1 + rows, evals]: the interval of every
+    cell over its test items, NaN where there is none; alone: the stage's name where this run trains on one stage of the
+    stream that the others learn whole."""
 
     name: str
     path: Path
@@ -28,11 +37,18 @@ class Run(NamedTuple):
     matrix: Matrix
     score: dict[str, Any]
     accounting: dict[str, Any]
-    losses: list[tuple[int, float]]
+    log: list[Logged]
+    bounds: np.ndarray = np.zeros((2, 1, 0))
+    alone: str | None = None
 
     @property
     def measured(self) -> bool:
         return bool(self.matrix.evals)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has been measured and learns the stream, not one stage of it."""
+        return self.measured and self.alone is None
 
     @property
     def state(self) -> str | None:
@@ -51,37 +67,38 @@ class Run(NamedTuple):
     @property
     def methods(self) -> str:
         made = self.config.get("methods")
-        return " + ".join(made) if isinstance(made, dict | list) else ""
+        return " + ".join(map(str, made)) if isinstance(made, dict | list) else ""
+
+    def metric(self, name: str) -> dict[str, Any]:
+        """A metric's entry in the score: value, and reason or interval."""
+        return self.score.get("metrics", {}).get(name, {"value": None, "reason": "nothing has been evaluated yet"})
 
 
-def read_runs(paths: Sequence[Path], *, intervals: bool = True) -> list[Run]:
-    """The runs, in order, with names that differ. Raises RequestError on what is absent, malformed or not
-    comparable (other stages or evals than the first).
-
-    A finished joint run among them is the ``joint`` baseline of those that bring none, so that their
-    intransigence is defined: its score on each eval right after the stage that teaches it."""
-    runs = [_read(path, name) for path, name in zip(paths, _names(paths))]
-    measured = [r for r in runs if r.measured]
-    for other in measured[1:]:
-        _same_stream(measured[0], other)
-    joint = next((_joint_baseline(r) for r in measured if r.joint and not r.state), None)
-    return [_scored(r, None if r.joint else joint, intervals) for r in runs]
-
-
-def _joint_baseline(r: Run) -> np.ndarray:
-    own = [r.matrix.learned(e.id) for e in r.matrix.evals]
-    return np.array([np.nan if t is None else r.matrix.rows[t, i] for i, t in enumerate(own)])
-
-
-def _scored(r: Run, joint: np.ndarray | None, intervals: bool) -> Run:
-    if not r.measured:
-        return r
-    matrix = r.matrix if joint is None or r.matrix.joint is not None else r.matrix._replace(joint=joint)
-    return r._replace(matrix=matrix, score=score_matrix(matrix, r.path if intervals else None))
+def read_run(path: Path, name: str) -> Run:
+    """A run directory, without its score. Raises RequestError on what is absent or malformed, with file and line."""
+    if not path.is_dir():
+        raise RequestError(f"no run directory: {path}; accepted: one with config.json and matrix.json")
+    config = _object(path / "config.json")
+    log = _log(path / "log.jsonl")
+    if not (path / "matrix.json").is_file():
+        if not config:
+            raise RequestError(f"{path} holds no run; accepted: a directory with config.json and matrix.json")
+        return Run(name, path, config, _NOTHING_YET, {}, {}, log)
+    accounting = _object(path / "metrics.json").get("accounting", {})
+    if not isinstance(accounting, dict):
+        shown = type(accounting).__name__
+        raise RequestError(f"{path / 'metrics.json'}: accounting is {shown}; accepted: an object")
+    matrix = read_matrix(path)
+    return Run(name, path, config, matrix, {}, accounting, log, no_bounds(matrix))
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+def no_bounds(m: Matrix) -> np.ndarray:
+    """The intervals of a matrix without predictions: all NaN."""
+    return np.full((2, 1 + len(m.rows), len(m.evals)), np.nan)
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart. Raises RequestError where a run is given twice."""
     parts = [p.resolve().parts for p in paths]
     if len(set(parts)) < len(parts):
         twice = next(str(p) for i, p in enumerate(paths) if parts[i] in parts[:i])
@@ -91,18 +108,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-def _read(path: Path, name: str) -> Run:
-    if not path.is_dir():
-        raise RequestError(f"no run directory: {path}; accepted: one with config.json and matrix.json")
-    config = _object(path / "config.json")
-    if not (path / "matrix.json").is_file():
-        if not config:
-            raise RequestError(f"{path} holds no run; accepted: a directory with config.json and matrix.json")
-        return Run(name, path, config, _NOTHING_YET, {}, {}, _losses(path / "log.jsonl"))
-    accounting = _object(path / "metrics.json").get("accounting", {})
-    return Run(name, path, config, read_matrix(path), {}, accounting, _losses(path / "log.jsonl"))
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -115,9 +120,9 @@ def _object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _losses(path: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every logged step. A last line without its end, as a kill leaves it, is skipped."""
-    out: list[tuple[int, float]] = []
+def _log(path: Path) -> list[Logged]:
+    """Every logged step with a finite loss. A last line without its end, as a kill leaves it, is skipped."""
+    out: list[Logged] = []
     if not path.is_file():
         return out
     if (size := path.stat().st_size) > _MAX_LOG:
@@ -126,51 +131,10 @@ def _losses(path: Path) -> list[tuple[int, float]]:
     for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line)
-            step, loss = int(record["step"]), float(record.get("loss", math.nan))
+            loss = record.get("objective", record.get("loss", math.nan))
+            entry = Logged(int(record["step"]), float(loss), int(record.get("stage", 0)))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             raise RequestError(f"{path}, line {number}: accepted: an object with step and loss") from None
-        if math.isfinite(loss):
-            out.append((step, loss))
+        if math.isfinite(entry.loss):
+            out.append(entry)
     return out
-
-
-def _same_stream(a: Run, b: Run) -> None:
-    """Raises RequestError naming the first difference between the stages or evals of two runs."""
-    pairs: list[tuple[str, Sequence[Any], Sequence[Any]]] = [
-        ("stage", a.matrix.stages, b.matrix.stages),
-        ("eval", a.matrix.evals, b.matrix.evals),
-    ]
-    for what, ours, theirs in pairs:
-        if len(ours) != len(theirs):
-            found = f"{len(ours)} and {len(theirs)} {what}s"
-            raise RequestError(f"{a.path} and {b.path} have {found}; accepted: runs of one stream")
-        for x, y in zip(ours, theirs):
-            for field, u, v in zip(x._fields, x, y):
-                if u != v:
-                    where = f"{field} of {what} {x[0]!r} is {u!r} in {a.path} and {v!r} in {b.path}"
-                    raise RequestError(f"{where}; accepted: runs of one stream")
-
-
-def flatten(value: Any, at: str = "") -> dict[str, Any]:
-    """{dotted path: leaf} of nested JSON; list items that name their stage go by that name."""
-    if isinstance(value, dict):
-        items = [(str(k), v) for k, v in value.items()]
-    elif isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
-        items = [_labelled(v, i) for i, v in enumerate(value)]
-    else:
-        return {at: value}
-    return {k: leaf for key, v in items for k, leaf in flatten(v, f"{at}.{key}" if at else key).items()}
-
-
-def _labelled(item: Any, index: int) -> tuple[str, Any]:
-    if not (isinstance(item, dict) and "stage" in item):
-        return str(index), item
-    return str(item["stage"] or "before training"), {k: v for k, v in item.items() if k != "stage"}
-
-
-def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
-    """(dotted key, value in each run) of what is not equal in all of them."""
-    flat = [flatten(r.config) for r in runs]
-    keys = dict.fromkeys(k for f in flat for k in f)
-    rows = [(k, [f.get(k) for f in flat]) for k in keys]
-    return [(k, values) for k, values in rows if any(v != values[0] for v in values)]

@@ -1,180 +1,212 @@
-"""The parts of a report's page. Each takes runs and returns HTML; all text from files is escaped."""
+"""The tables of a report's page. Each takes runs and returns HTML; all text from files is escaped."""
 
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxcl.metrics.bootstrap import differences
 from jaxcl.metrics.matrix import METRICS
-from jaxcl.report.figures import DARK, LIGHT, Theme, lines_png, matrix_png, row_names, smoothed
-from jaxcl.report.html import Html, details, esc, picture, table, tag
-from jaxcl.report.run_files import HEADLINES, Run, config_differences, flatten
+from jaxcl.report.config import config_differences, flatten, seed_of
+from jaxcl.report.exports import groups, headlines
+from jaxcl.report.heat import drift_matrix, task_matrix
+from jaxcl.report.html import DASH, Html, cell, details, esc, note, number, section, table, tag
+from jaxcl.report.run_files import Run
+from jaxcl.report.together import same_order
 
-_DASH = Html("&ndash;")
 _INTERVALS = (
     "Small numbers: 95% intervals of a paired bootstrap over test items. They say how much depends on the "
     "choice of the test items, nothing about seeds or task orders."
 )
 
 
-def value_cell(m: Mapping[str, Any] | None) -> Html:
+def metric_cell(m: Mapping[str, Any]) -> Html:
     """A metric's value with its interval below; a dash that tells its reason where there is no value."""
-    if m is None or m["value"] is None:
-        return tag("span", _DASH, title=(m or {}).get("reason", "not measured"))
+    if m["value"] is None:
+        return cell(None, why=m.get("reason", "not measured"))
     below = [tag("span", "{:.3f} to {:.3f}".format(*m["interval"]), cls="between")] if "interval" in m else []
-    return tag("span", f"{m['value']:.4f}", *below, cls="value")
+    return cell(m["value"], Html(number(m["value"]) + "".join(below)))
+
+
+def _heads(names: Sequence[str]) -> list[Html]:
+    """Metrics as heads of columns, their convention on hover."""
+    breaks = {k: Html(re.sub(r"_(?=[a-z]{3})", "_<wbr>", k)) for k in names}
+    return [tag("span", text, title=METRICS[k].convention) for k, text in breaks.items()]
 
 
 def summary(runs: Sequence[Run]) -> Html:
     """One line a run under the headline metrics."""
+    shown, several = headlines(runs), len(runs) > 1
     rows = []
     for r in runs:
-        metrics = r.score.get("metrics", {})
-        rows.append([_titled(r), r.methods or _DASH, *(value_cell(metrics.get(k)) for k in HEADLINES)])
-    parts = [table(["run", "methods", *HEADLINES], rows)]
+        about = [_titled(r), r.methods or DASH] + ([_leaf(seed_of(r))] if several else [])
+        rows.append([*about, *(metric_cell(r.metric(k)) for k in shown)])
+    head = ["run", "methods", *(["seed"] if several else []), *_heads(shown)]
+    parts = [table(head, rows, sortable=several)]
     if any("interval" in m for r in runs for m in r.score.get("metrics", {}).values()):
-        parts.append(tag("p", _INTERVALS, cls="note"))
+        parts.append(note(_INTERVALS))
     for r in runs:
         if reason := r.score.get("intervals", {}).get("reason"):
-            parts.append(tag("p", f"{r.name}: no intervals, {reason}.", cls="note"))
+            parts.append(note(f"{r.name}: no intervals, {reason}."))
     if any(r.score.get("sign", "").startswith("losses") for r in runs):
-        parts.append(tag("p", "Scores are losses, negated first, so that higher is better.", cls="note"))
-    return tag("section", tag("h2", "Summary"), *parts)
+        parts.append(note("Scores are losses, negated first, so that higher is better."))
+    return section("Summary", *parts, anchor="summary")
 
 
 def _titled(r: Run) -> Html:
-    return tag("span", r.name, *([tag("span", r.state, cls="between partial")] if r.state else []))
+    below = r.state or (f"one task alone: {r.alone}" if r.alone else None)
+    kind = "between partial" if r.state else "between"
+    return tag("span", r.name, *([tag("span", below, cls=kind)] if below else []))
+
+
+def repeated(runs: Sequence[Run]) -> Html:
+    """Mean and sample deviation over runs that differ in seed or order only."""
+    shown, rows = headlines(runs), []
+    for group, found in groups(runs):
+        orders = len({r.matrix.stages for r in group})
+        names = tag("span", ", ".join(r.name for r in group), cls="between text")
+        count = f"{len(group)} runs" + (f", {orders} orders" if orders > 1 else "")
+        rows.append([Html(esc(group[0].methods or group[0].name) + names), count, *(_mean(found[k]) for k in shown)])
+    if not rows:
+        return Html("")
+    text = "Mean and sample deviation over finished runs that differ in seed or order only, computed run by run."
+    inside = table(["methods", "over", *_heads(shown)], rows, sortable=len(rows) > 1)
+    return section("Over seeds and orders", note(text), inside, anchor="repeated")
+
+
+def _mean(found: tuple[float, float] | None) -> Html:
+    if found is None:
+        return cell(None, why="not every run has a value")
+    below = tag("span", f"± {found[1]:.4f}", cls="between")
+    return cell(found[0], Html(number(found[0]) + below))
 
 
 def paired(runs: Sequence[Run]) -> Html:
-    """Each run minus the first on the same test items, where both have stages done and predictions."""
-    first, others = runs[0], runs[1:]
-    rows, notes = [], []
-    for r in others:
-        if not (first.measured and r.measured):
-            continue
-        found, reason = differences((first.matrix, first.path), (r.matrix, r.path))
+    """Each run minus the first that learns the stream, on the same test items."""
+    there = [r for r in runs if r.whole]
+    shown, rows, notes = headlines(runs), [], []
+    for r in there[1:]:
+        found, reason = _differences(there[0], r)
         if reason:
-            notes.append(tag("p", f"{r.name}: no paired difference, {reason}.", cls="note"))
-            continue
-        rows.append([r.name, *(_difference(first, r, k, found.get(k)) for k in HEADLINES)])
-    if not rows:
-        return Html("".join(notes))
-    text = f"Differences to {first.name}, on the same test items; grey: the 95% interval covers 0."
-    return tag("section", tag("h2", "Paired differences"), tag("p", text, cls="note"),
-               table(["run", *HEADLINES], rows), *notes)  # fmt: skip
+            notes.append(note(f"{r.name}: no paired difference, {reason}."))
+        else:
+            rows.append([r.name, *(_difference(there[0], r, k, found.get(k)) for k in shown)])
+    if not rows and not notes:
+        return Html("")
+    text = f"Differences to {there[0].name}, on the same test items; grey: the 95% interval covers 0."
+    inside = [note(text), table(["run", *_heads(shown)], rows, sortable=len(rows) > 1)] if rows else []
+    return section("Paired differences", *inside, *notes, anchor="paired")
+
+
+def _differences(a: Run, b: Run) -> tuple[dict[str, tuple[float, float]], str | None]:
+    if not same_order(a.matrix, b.matrix):
+        return {}, "another order of the stages"
+    return differences((a.matrix, a.path), (b.matrix, b.path))
 
 
 def _difference(a: Run, b: Run, metric: str, interval: tuple[float, float] | None) -> Html:
-    u, v = (r.score["metrics"][metric]["value"] for r in (a, b))
+    u, v = (r.metric(metric)["value"] for r in (a, b))
     if interval is None or u is None or v is None:
-        return _DASH
+        return cell(None, why="not defined in both runs")
     lo, hi = interval
     between = tag("span", f"{lo:+.3f} to {hi:+.3f}", cls="between")
-    return tag("span", f"{v - u:+.4f}", between, cls="value unsure" if lo <= 0 <= hi else "value")
+    gain = round(v - u, 9) + 0.0  # no minus before nothing
+    return cell(gain, tag("span", f"{gain:+.4f}", between, cls="unsure" if lo <= 0 <= hi else None))
 
 
-def _both(draw: Callable[[Theme], bytes], alt: str) -> Html:
-    return picture(draw(LIGHT), draw(DARK), alt)
-
-
-def progress(runs: Sequence[Run]) -> Html:
-    """Average accuracy over the tasks seen so far, after each stage."""
-    curves = {}
-    for r in runs:
-        points = enumerate(r.score.get("series", {}).get("aa", []))
-        curves[r.name] = [(float(t), v) for t, v in points if v is not None]
-    if max(map(len, curves.values()), default=0) < 2:
-        return Html("")
-    longest = max((r for r in runs if r.measured), key=lambda r: len(r.matrix.rows))
-    names = [s.name for s in longest.matrix.stages[: len(longest.matrix.rows)]]
-    words = "; ".join(f"{k}: " + ", ".join(f"{v:.3f}" for _, v in c) for k, c in curves.items())
-    alt = f"Average accuracy after each stage. {words}"
-    drawn = _both(lambda t: lines_png(curves, x="after stage", y="AA", theme=t, ticks=names), alt)
-    return tag("section", tag("h2", "Average accuracy of the tasks seen so far"), drawn)
-
-
-def one_run(r: Run) -> Html:
-    """A run's matrix, metrics, drift, losses and accounting."""
-    parts = [tag("h2", r.name)]
-    if r.state:
-        parts.append(tag("p", r.state, cls="partial"))
-    if r.measured:
-        parts += [_matrix(r), _metrics(r), _drift(r)]
-    if len(r.losses) > 1:
-        parts.append(tag("h3", "Training loss"))
-        points = {r.name: smoothed(r.losses)}
-        alt = f"Training loss of {r.name}: {r.losses[0][1]:.3f} at first, {r.losses[-1][1]:.3f} at last"
-        parts.append(_both(lambda t: lines_png(points, x="step", y="loss", theme=t), alt))
-    if r.accounting:
-        rows = [[k, _leaf(v)] for k, v in flatten(r.accounting).items()]
-        parts.append(details("Accounting", table(["what", "value"], rows)))
-    if r.config:
-        rows = [[k, _leaf(v)] for k, v in flatten(r.config).items()]
-        parts.append(details("Config", table(["key", "value"], rows)))
-    return tag("section", *parts)
-
-
-def matrix_alt(r: Run) -> str:
-    """The matrix in words, for those who do not see the picture."""
-    lines = []
-    for name, row in zip(row_names(r.matrix), [r.matrix.row0, *r.matrix.rows]):
-        cells = ["not measured" if math.isnan(v) else f"{v:.3f}" for v in row]
-        lines.append(f"{name}: " + ", ".join(f"{e.id} {c}" for e, c in zip(r.matrix.evals, cells)))
-    return f"Accuracy matrix of {r.name}. " + ". ".join(lines)
-
-
-def _matrix(r: Run) -> Html:
-    m = r.matrix
-    note = (
-        "Rows: the model before training and after each stage. Columns: test sets. Outlined: its own stage."
+def matrices(runs: Sequence[Run]) -> Html:
+    """Heat maps: every run's task matrix, and beside it what its general ability and probes changed."""
+    there = [r for r in runs if r.measured]
+    pairs = [tag("div", task_matrix(r), drift_matrix(r), cls="beside") for r in there]
+    text = (
+        "Rows: the model before training and after each stage. Columns: test sets. Outlined: the column's own stage. "
+        "The deeper the colour, the better. Rest on a cell for its interval and number of items."
     )
-    rows = [
-        [name, *(_DASH if math.isnan(v) else f"{v:.4f}" for v in row)]
-        for name, row in zip(row_names(m), [m.row0, *m.rows])
-    ]
-    numbers = details("The same in numbers", table(["", *(e.id for e in m.evals)], rows))
-    drawn = _both(lambda t: matrix_png(m, t), matrix_alt(r))
-    return Html(tag("p", note, cls="note") + drawn + numbers)
+    inside = tag("div", *pairs, cls="matrices")
+    return section("Matrices", note(text), inside, anchor="matrices") if there else Html("")
 
 
-def _metrics(r: Run) -> Html:
-    rows = [[k, value_cell(m), m.get("reason") or m["convention"]] for k, m in r.score["metrics"].items()]
-    inside = table(["metric", "value", "convention, or why there is no value"], rows)
-    return details("All metrics and their conventions", inside)
+def metrics(runs: Sequence[Run]) -> Html:
+    """Every metric of every run under its convention."""
+    there = [r for r in runs if r.measured]
+    rows = []
+    for name, info in METRICS.items():
+        about = f"{info.convention}" + (f" ({info.papers})" if info.papers else "")
+        head = Html(esc(name) + tag("span", about, cls="between text"))
+        rows.append([head, *(metric_cell(r.metric(name)) for r in there)])
+    text = (
+        "R[t,i]: score on task i after stage t; T: the last stage; old tasks: those taught before it. "
+        "Rest on a dash for its reason."
+    )
+    inside = table(["metric", *(r.name for r in there)], rows, sortable=True, cls="tight")
+    return section("All metrics and their conventions", note(text), inside, anchor="metrics") if there else Html("")
 
 
-def _drift(r: Run) -> Html:
-    found = r.score["drift"]["evals"]
-    if not found:
-        return Html("")
-    keys = ("role", "before", "after", "delta")
-    rows = [[k, *(_leaf(v[c]) for c in keys)] for k, v in found.items()]
-    return Html(tag("h3", "Beside the stream: general ability and probes") + table(["eval", *keys], rows))
+_ACCOUNT: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "training (s)": lambda a: _total(a, "train"),
+    "evaluation (s)": lambda a: _total(a, "eval"),
+    "steps": lambda a: a.get("steps"),
+    "forward passes": lambda a: a.get("forward_passes"),
+    "backward passes": lambda a: a.get("backward_passes"),
+    "past rows read": lambda a: a.get("past_rows_read"),
+    "examples kept": lambda a: _kept(a, "examples"),
+    "bytes kept": lambda a: _kept(a, "bytes"),
+    "extra parameters": lambda a: a["parameters"].get("extra"),
+    "trained parameters": lambda a: a["parameters"].get("trained"),
+    "compilations": lambda a: a["compilations"].get("all"),
+}
+
+
+def _total(a: dict[str, Any], what: str) -> float:
+    return sum(stage[what] for stage in a["seconds"])
+
+
+def _kept(a: dict[str, Any], what: str) -> float:
+    return sum(memory[what] for memory in a["kept"].values())
+
+
+def accounting(runs: Sequence[Run]) -> Html:
+    """What every run cost, and in full on request."""
+    there = [r for r in runs if r.accounting]
+    rows = [[r.name, *(_cost(of, r.accounting) for of in _ACCOUNT.values())] for r in there]
+    parts: list[Html] = [table(["run", *_ACCOUNT], rows, sortable=len(rows) > 1)]
+    for r in there:
+        leaves = [[k, _leaf(v)] for k, v in flatten(r.accounting).items()]
+        parts.append(details(f"{r.name}, stage by stage", table(["what", "value"], leaves)))
+    text = "Rows go forward and backward; seconds are wall time on the machine of the run."
+    return section("Accounting", note(text), *parts, anchor="accounting") if there else Html("")
+
+
+def _cost(of: Callable[[dict[str, Any]], Any], account: dict[str, Any]) -> Html:
+    try:
+        value = of(account)
+    except (KeyError, TypeError, AttributeError):  # an older run did not count this
+        value = None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return cell(None, why="not counted")
+    return cell(value, f"{value:,.1f}" if isinstance(value, float) else f"{value:,}")
+
+
+def configs(runs: Sequence[Run]) -> Html:
+    """What differs between the runs' configs, and each config in full on request."""
+    parts: list[Html] = []
+    if len(runs) > 1:
+        rows = [[k, *map(_leaf, values)] for k, values in config_differences(runs)]
+        head = ["key", *(r.name for r in runs)]
+        parts.append(table(head, rows, sortable=True, cls="tight") if rows else note("The configs are equal."))
+    for r in runs:
+        if r.config:
+            rows = [[k, _leaf(v)] for k, v in flatten(r.config).items()]
+            parts.append(details(f"Config of {r.name}", table(["key", "value"], rows)))
+    title = "What differs between the configs" if len(runs) > 1 else "Config"
+    return section(title, *parts, anchor="configs") if parts else Html("")
 
 
 def _leaf(v: Any) -> Html:
     if v is None or v == {} or v == []:
-        return _DASH
+        return DASH
     if isinstance(v, float):
         return esc(f"{v:.6g}")
     return esc(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False))
-
-
-def configs(runs: Sequence[Run]) -> Html:
-    """What differs between the runs' configs."""
-    rows = [[k, *map(_leaf, values)] for k, values in config_differences(runs)]
-    equal = tag("p", "The configs are equal.", cls="note")
-    inside = table(["key", *(r.name for r in runs)], rows) if rows else equal
-    return tag("section", tag("h2", "What differs between the runs"), inside)
-
-
-def conventions() -> Html:
-    """What the names mean."""
-    rows = [[name, METRICS[name].convention, METRICS[name].papers or _DASH] for name in HEADLINES]
-    text = "R[t,i]: score on task i after stage t; T: the last stage; old tasks: those taught before it."
-    return tag("section", tag("h2", "What the names mean"), tag("p", text, cls="note"),
-               table(["metric", "convention", "used by"], rows))  # fmt: skip

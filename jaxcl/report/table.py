@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from jaxcl.report.run_files import Run, read_runs
+from jaxcl.report.run_files import Run
+from jaxcl.report.together import read_runs
 
 COLUMNS = ("aa", "fgt_max", "bwt_over_T_minus_1", "learning_accuracy")
 
@@ -33,5 +34,5 @@ def comparison(runs: Sequence[Path]) -> Table:
 
 
 def _value(run: Run, metric: str) -> Text:
-    value = run.score["metrics"][metric]["value"] if run.measured else None
+    value = run.metric(metric)["value"]
     return Text("-" if value is None else f"{value:.3f}")

@@ -1,0 +1,132 @@
+"""Heat maps that are tables: the value as text, its place in the range as colour, the whole story on hover."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxcl.metrics.matrix_file import Matrix
+from jaxcl.metrics.score import task_columns
+from jaxcl.report.html import DASH, Html, tag
+from jaxcl.report.run_files import Run
+
+STEPS = 20  # shades v0 ... v20 of the style sheet
+
+
+def row_names(m: Matrix) -> list[str]:
+    """Names of the rows, row 0 first."""
+    return ["before training", *(f"after {s.name}" for s in m.stages[: len(m.rows)])]
+
+
+def cells(m: Matrix) -> np.ndarray:
+    """f64[1 + rows, evals], row 0 on top."""
+    return np.vstack([m.row0[None], m.rows])
+
+
+def shades(m: Matrix, values: np.ndarray) -> np.ndarray:
+    """f64[rows, evals] in 0..1, 1 is good: the position in the eval's range where that has both ends, else among the
+    values of all evals of its scale, so that colours can be compared across the table. NaN where unmeasured."""
+    out = np.full_like(values, np.nan)
+    for i, e in enumerate(m.evals):
+        alike = values[:, [k for k, other in enumerate(m.evals) if other[1:4] == e[1:4]]]
+        if np.isnan(alike).all():
+            continue
+        lo, hi = e.range if all(map(math.isfinite, e.range)) else (float(np.nanmin(alike)), float(np.nanmax(alike)))
+        out[:, i] = (values[:, i] - lo) / (hi - lo) if hi > lo else 0.5
+        out[:, i] = out[:, i] if e.higher_is_better else 1 - out[:, i]
+    return np.clip(out, 0, 1)
+
+
+def short(value: float) -> str:
+    """As many digits as a cell has room for."""
+    size = abs(value)
+    return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:.0f}"
+
+
+def told(r: Run, row: int, column: int) -> str:
+    """A cell in words: stage, eval, value, interval over its items, their number."""
+    e, value = r.matrix.evals[column], cells(r.matrix)[row, column]
+    where = f"{row_names(r.matrix)[row]}, {e.id} ({e.metric})"
+    if math.isnan(value):
+        return f"{where}: not measured"
+    lo, hi = r.bounds[:, row, column]
+    between = "" if math.isnan(lo) else f", 95% interval {lo:.4g} to {hi:.4g}"
+    return f"{where}: {value:.6g}{between}, n = {e.n}"
+
+
+def task_matrix(r: Run) -> Html:
+    """The matrix of what the stages teach; each eval's own stage is outlined."""
+    m, columns = r.matrix, task_columns(r.matrix)
+    values, shade = cells(m), shades(m, cells(m))
+    rows = []
+    for t, name in enumerate(row_names(m)):
+        inside = []
+        for i in columns:
+            own = " own" if m.learned(m.evals[i].id) == t - 1 else ""
+            inside.append(_cell(values[t, i], short(values[t, i]), shade[t, i], "h", own, told(r, t, i)))
+        rows.append(tag("tr", tag("th", name, scope="row"), *inside))
+    state = f" ({r.state})" if r.state else ""
+    return _table(f"Task matrix of {r.name}{state}", [m.evals[i].id for i in columns], rows)
+
+
+def drift_matrix(r: Run) -> Html:
+    """Evals that no stage teaches: row 0 as measured, then what each stage changed since (positive: better), and where
+    they share a scale the mean over those of role general."""
+    m, columns = r.matrix, beside_columns(r.matrix)
+    if not columns:
+        return Html("")
+    values, deltas = cells(m), changes(m)
+    mean = general_mean(m)
+    largest = float(np.nanmax(np.abs(deltas[:, columns]), initial=0.0)) or 1.0
+    rows = []
+    for t, name in enumerate(row_names(m)):
+        inside = []
+        for i in columns:
+            if t == 0:
+                inside.append(_cell(values[0, i], short(values[0, i]), math.nan, "h", "", told(r, 0, i)))
+            else:
+                inside.append(_change(deltas[t, i], largest, f"{told(r, t, i)}; change {deltas[t, i]:+.4g}"))
+        if mean is not None:
+            inside.append(tag("td") if t == 0 else _change(mean[t], largest, f"{name}: mean change {mean[t]:+.4g}"))
+        rows.append(tag("tr", tag("th", name, scope="row"), *inside))
+    names = [m.evals[i].id for i in columns] + (["mean of general"] if mean is not None else [])
+    return _table(f"Change of general ability and probes of {r.name}", names, rows)
+
+
+def beside_columns(m: Matrix) -> list[int]:
+    """Evals beside the stream. Tasks of the stream that this run does not learn are none of them."""
+    return [i for i in range(len(m.evals)) if i not in task_columns(m) and m.evals[i].role != "task"]
+
+
+def changes(m: Matrix) -> np.ndarray:
+    """f64[1 + rows, evals]: each cell minus row 0, positive where the model became better."""
+    sign = np.array([1.0 if e.higher_is_better else -1.0 for e in m.evals])
+    return (cells(m) - m.row0) * sign
+
+
+def general_mean(m: Matrix) -> np.ndarray | None:
+    """f64[1 + rows]: mean change over the evals of role general, None where there are not two of one scale."""
+    columns = [i for i, e in enumerate(m.evals) if e.role == "general"]
+    scales = {(m.evals[i].higher_is_better, m.evals[i].range) for i in columns}
+    return changes(m)[:, columns].mean(1) if len(columns) > 1 and len(scales) == 1 else None
+
+
+def _change(delta: float, largest: float, title: str) -> Html:
+    kind = "u" if delta >= 0 else "d"
+    return _cell(delta, f"{delta:+.3f}", abs(delta) / largest, kind, "", title)
+
+
+def _cell(value: float, shown: str, shade: float, kind: str, own: str, title: str) -> Html:
+    if math.isnan(value):
+        return tag("td", DASH, cls=own.strip() or None, title=title)
+    step = None if math.isnan(shade) else round(STEPS * shade)
+    colour = "" if step is None else f"{kind} v{step}"
+    return tag("td", shown, cls=(colour + own).strip() or None, title=title)
+
+
+def _table(caption: str, names: Sequence[str], rows: Sequence[Html]) -> Html:
+    top = tag("tr", tag("td"), *(tag("th", n, scope="col") for n in names))
+    inside = tag("table", tag("caption", caption), tag("thead", top), tag("tbody", *rows), cls="heat")
+    return tag("div", inside, cls="wide")
