@@ -14,7 +14,7 @@ from samples import EVIL, make_run
 from jaxcl.cli import main
 from jaxcl.errors import RequestError
 from jaxcl.report import report
-from jaxcl.report.run_files import read_runs
+from jaxcl.report.html import esc, page, tag
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ class Reader(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in ("img", "source", "meta"):
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -52,23 +52,50 @@ def read_page(path) -> Reader:
 
 def test_page_of_several_runs(runs, tmp_path):
     page = read_page(report(runs, tmp_path / "out"))
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        *("matrix-joint.png", "matrix-replay.png", "matrix-sequential.png", "metrics.csv", "metrics.tex"),
-        "report.html",
-    ]
-    assert "script" not in page.tags  # the evil note is text
+    pictures = {f"{n}.{kind}" for n in ("averages", *(f"matrix-{r.name}" for r in runs)) for kind in ("png", "svg")}
+    texts = {"report.html", "metrics.csv", "matrix.csv", "metrics.tex", *(f"matrix-{r.name}.tex" for r in runs)}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == pictures | texts
+    assert page.tags.count("script") == 1  # the page's own; the evil note is text
     assert EVIL in page.text
-    for name, value in page.attributes:  # nothing is fetched from anywhere
-        if name in ("src", "srcset", "href"):
-            assert value.startswith("data:image/png;base64,")
-    alts = [v for k, v in page.attributes if k == "alt"]
-    cells = read_runs(runs)[0].matrix
-    assert any(f"after s1: e0 {cells.rows[1, 0]:.3f}, e1 {cells.rows[1, 1]:.3f}" in a for a in alts)
-    assert page.tags.count("img") == len(alts) == 3 + 1 + 3  # matrices, progress, losses
+    links = [value for name, value in page.attributes if name in ("src", "srcset", "href")]
+    assert links and all(link.startswith("#") for link in links)  # nothing is fetched from anywhere
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert [link[1:] for link in links] == ids
     for word in ("Paired differences", "methods.replay.keep", "seconds.before training.eval"):
         assert word in page.text, word
-    style = (tmp_path / "out/report.html").read_text()
-    assert "prefers-color-scheme: dark" in style and "@media print" in style
+
+
+def test_every_picture_has_a_text_with_its_numbers(runs, tmp_path):
+    page = read_page(report(runs, tmp_path))
+    labels = [v for k, v in page.attributes if k == "aria-label"]
+    hidden = sum(k == "aria-hidden" for k, _ in page.attributes)  # samples of lines beside names
+    assert page.tags.count("svg") == 3 + 3 + 3 + hidden  # averages, tasks, losses
+    assert sum(k == "role" and v == "img" for k, v in page.attributes) == 9
+    rows = json.loads((runs[1] / "matrix.json").read_text())
+    column = ", ".join(f"{row[0]:.3f}" for row in [rows["row0"], *rows["rows"]])
+    assert any(label.startswith("e0 (accuracy)") and f"replay: {column}" in label for label in labels)
+
+
+def test_text_of_a_file_stays_text():
+    assert esc("<b>&'\"") == "&lt;b&gt;&amp;&#x27;&quot;"
+    assert tag("td", tag("b", "<"), title='a"b') == '<td title="a&quot;b"><b>&lt;</b></td>'
+    assert "<title>&lt;x&gt;</title>" in page("<x>", "", "")
+
+
+def test_matrix_csv_has_every_cell_and_its_interval(runs, tmp_path):
+    report(runs, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "matrix.csv").open()))
+    assert len(rows) == 3 * 4 * 3  # runs, rows with row 0, evals
+    matrix = json.loads((runs[1] / "matrix.json").read_text())
+    for r in rows:
+        if r["run"] == "replay":
+            cells = [matrix["row0"], *matrix["rows"]][int(r["row"])]
+            assert float(r["value"]) == cells[int(r["eval"][1:])]
+        p, n = float(r["value"]), int(r["n"])
+        assert n == 60 and r["stage"] == ("before training" if r["row"] == "0" else f"after s{int(r['row']) - 1}")
+        spread = 1.96 * (p * (1 - p) / n) ** 0.5  # the normal interval of a share
+        assert float(r["low"]) == pytest.approx(p - spread, abs=0.03)
+        assert float(r["high"]) == pytest.approx(p + spread, abs=0.03)
 
 
 def test_csv_holds_the_numbers_of_the_matrix(runs, tmp_path):
@@ -120,6 +147,14 @@ def change_metric(m):
     m["evals"][0]["metric"] = "rougeL_f1"
 
 
+def more_items(m):
+    m["evals"][1]["n"] = 61
+
+
+def swap_evals(m):
+    m["stages"][0]["evals"], m["stages"][1]["evals"] = ["e1"], ["e0"]
+
+
 def drop_last(m):
     m["stages"].pop()
     m["rows"].pop()
@@ -128,9 +163,11 @@ def drop_last(m):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (rename_stage, "name of stage 's1' is 's1' in"),
+        (rename_stage, "stage 'other' is in"),
         (change_metric, "metric of eval 'e0' is 'accuracy' in"),
-        (drop_last, "3 and 2 stages"),
+        (drop_last, "stage 's2' is in"),
+        (more_items, "n of eval 'e1' is 60 in"),
+        (swap_evals, "evals of stage 's0' are ['e0'] in"),
     ],
 )
 def test_runs_of_other_streams_are_refused(runs, tmp_path, edit, message, capsys):
@@ -151,6 +188,8 @@ def test_runs_of_other_streams_are_refused(runs, tmp_path, edit, message, capsys
         (lambda r: (r / "config.json").write_text("{"), "config.json, line 1"),
         (lambda r: (r / "config.json").write_text("[]"), "config.json is list"),
         (lambda r: (r / "log.jsonl").write_text('{"step": 1, "loss": 2}\nnonsense\n'), "log.jsonl, line 2"),
+        (lambda r: (r / "log.jsonl").write_text('{"step": 1, "loss": 2}\n[]\n'), "log.jsonl, line 2"),
+        (lambda r: (r / "metrics.json").write_text('{"accounting": []}'), "accounting is list"),
         (lambda r: (r / "matrix.json").write_text("{}"), "schema"),
         (lambda r: (r / "predictions/e0.row1.jsonl.gz").write_bytes(b"x"), "e0.row1.jsonl.gz"),
         (shutil.rmtree, "no run directory"),
