@@ -95,11 +95,12 @@ def _interval(m: dict[str, Any]) -> str | None:
 
 @click.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--out", metavar="DIR", required=True, help="Folder for report.html, metrics.csv, metrics.tex.")
+@click.option("--out", metavar="DIR", required=True, help="Folder for the page, the tables and the pictures.")
 def report(runs: tuple[str, ...], out: str) -> None:
     """One page of one run, or of several side by side.
 
-    Writes report.html, metrics.csv, metrics.tex and a picture of each matrix.
+    Writes report.html, which needs no network, the numbers as CSV and LaTeX, the matrices as PNG and SVG.
+    Runs that differ in seed or order are averaged; joint and single-task runs become baselines.
 
     \b
     Example:

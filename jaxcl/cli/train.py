@@ -26,13 +26,22 @@ def demo(out: str | None) -> int:
 @click.option("--set", "overrides", metavar="A.B=C", multiple=True, help="Change a value of the Config.")
 @click.option("--data", metavar="DIR", help="Data directory (default: $JAXCL_DATA).")
 @click.option("--out", metavar="DIR", help="Run directory (default: runs/<experiment>/<hash of Config>).")
+@click.option(
+    "--wandb", metavar="[PROJECT]", is_flag=False, flag_value="jaxcl", help="Send the scalars to Weights & Biases, too."
+)
 @click.pass_obj
 def run(
-    obj: dict[str, bool], experiment: str, overrides: tuple[str, ...], data: str | None, out: str | None
+    obj: dict[str, bool],
+    experiment: str,
+    overrides: tuple[str, ...],
+    data: str | None,
+    out: str | None,
+    wandb: str | None,
 ) -> int:
     """Run EXPERIMENT, a name or a Python file.
 
-    The same command again resumes, or says that the run is finished. --set may be repeated.
+    The same command again resumes, or says that the run is finished. --set may be repeated. --wandb needs
+    the extra 'tracking'; WANDB_MODE=offline keeps everything in the run directory.
 
     \b
     Example:
@@ -43,7 +52,7 @@ def run(
     find(experiment)  # a misspelt name is answered before jax is imported
     from jaxcl.core.run import run_experiment
 
-    return run_experiment(experiment, list(overrides), data, out, obj["debug"])
+    return run_experiment(experiment, list(overrides), data, out, obj["debug"], wandb)
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxcl import experiment_files
+from jaxcl.core import tracking
 from jaxcl.core.config import as_json, override, short_hash
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.loop import Loop
@@ -30,10 +32,13 @@ def run_experiment(
     data: str | None = None,
     out: str | None = None,
     debug: bool = False,
+    wandb: str | None = None,
 ) -> int:
-    """Runs or continues an experiment; returns 0. Raises JaxclError with the exit status otherwise."""
+    """Runs or continues an experiment; returns 0. ``wandb``: a Weights & Biases project that takes the scalars too.
+    Raises JaxclError with the exit status otherwise."""
+    follow = tracking.follow(wandb) if wandb else None
     exp, folder, name, config = opened(name_or_path, overrides, data, out)
-    train(exp, folder, name=name, config=config)
+    train(exp, folder, name=name, config=config, follow=follow)
     return 0
 
 
@@ -55,9 +60,17 @@ def opened(
 
 
 def train(
-    exp: Experiment, out: Path, *, name: str = "run", config: Any = None, reporter: Reporter | None = None
+    exp: Experiment,
+    out: Path,
+    *,
+    name: str = "run",
+    config: Any = None,
+    reporter: Reporter | None = None,
+    follow: tracking.Follow | None = None,
 ) -> Loop | None:
-    """Trains an experiment in a run directory, continuing what is there. None when it was finished already."""
+    """Trains an experiment in a run directory, continuing what is there. None when it was finished already.
+
+    follow: makes one more taker of the scalars that the events have (`jaxcl.core.tracking`)."""
     reporter = reporter or Reporter()
     rundir = RunDir(Path(out), jax.process_index())
     identity, facts = identity_of(exp, name, config), facts_of(exp)
@@ -68,6 +81,8 @@ def train(
         return None
     for line in differences(facts, {k: (old or facts).get(k) for k in facts}):
         reporter.say(f"note: {line}")
+    if follow is not None:
+        rundir.follow = functools.partial(follow, {**identity, **facts})
     with StopRequest() as stop:
         loop = Loop(exp, rundir, reporter, stop, {**identity, **facts})
         try:

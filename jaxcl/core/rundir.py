@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ class RunDir:
     def __init__(self, path: Path, process: int = 0):
         self.path, self.writes = path, process == 0
         self.log_bytes = 0
+        self.follow: Callable[[Path], Any] | None = None  # makes one more taker of the scalars, told the events' folder
         self._log: Any = None
-        self._events: Any = None
+        self._takers: list[Any] = []  # each with add, flush, close, as `Events`
 
     @property
     def checkpoints(self) -> Path:
@@ -108,7 +109,9 @@ class RunDir:
         self._log.truncate(size)
         self._log.seek(size)
         self.log_bytes = size
-        self._events = Events(self.path / "events", step if size else None)
+        self._takers = [Events(self.path / "events", step if size else None)]
+        if self.follow is not None:
+            self._takers.append(self.follow(self.path / "events"))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one object; it reaches the disk with the next `flush`."""
@@ -118,7 +121,11 @@ class RunDir:
             self._log.write(line)
             for name, value in record.items():
                 if isinstance(value, float):
-                    self._events.add(f"train/{name}", value, record["step"])
+                    self._add(f"train/{name}", value, record["step"])
+
+    def _add(self, tag: str, value: float, step: int) -> None:
+        for taker in self._takers:
+            taker.add(tag, value, step)
 
     def flush(self) -> None:
         """To the disk, before a checkpoint claims these bytes. Raises RunFailed when it is full."""
@@ -126,25 +133,25 @@ class RunDir:
             try:
                 self._log.flush()
                 os.fsync(self._log.fileno())
-                self._events.flush()
+                for taker in self._takers:
+                    taker.flush()
             except OSError as e:
                 raise RunFailed(f"cannot write {self.path / 'log.jsonl'}: {e.strerror}") from e
 
     def close(self) -> None:
-        for file in (self._log, self._events):
+        for file in (self._log, *self._takers):
             if file is not None:
                 with contextlib.suppress(OSError):  # a full disk was named before; what was saved stands
                     file.close()
-        self._log = self._events = None
+        self._log, self._takers = None, []
 
     # measurements
 
     def measured(self, row: int, values: Mapping[str, float | None]) -> None:
         """A row of the matrix for TensorBoard; the step is the number of stages behind it."""
-        if self._events is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._events.add(f"eval/{name}", value, row)
+        for name, value in values.items():
+            if value is not None:
+                self._add(f"eval/{name}", value, row)
 
     def write_predictions(self, eval_id: str, row: int, items: Sequence[Mapping[str, Any]]) -> None:
         """predictions/<eval>.row<k>.jsonl.gz, row 0 being the model before any training."""

@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxcl.metrics.matrix import METRICS, over_runs
+from jaxcl.metrics.matrix import METRICS
 from jaxcl.metrics.matrix_file import Matrix
+from jaxcl.metrics.over_runs import over_runs
 from jaxcl.report.config import repetitions
 from jaxcl.report.heat import cells, row_names, short
 from jaxcl.report.run_files import HEADLINES, Run
