@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcl.metrics.score import task_columns
 from jaxcl.report.config import repetitions
-from jaxcl.report.heat import beside_columns, cells, changes, general_mean, row_names, told
+from jaxcl.report.heat import beside_columns, cells, changes, role_means, row_names, told
 from jaxcl.report.html import Html, note, section, tag
 from jaxcl.report.run_files import Logged, Run
 from jaxcl.report.svg import COLOURS, DASHES, Curve, Look, Point, chart, padded, span, swatch
@@ -145,8 +145,8 @@ def drift(runs: Sequence[Run]) -> Html:
         return Html("")
     first = there[0].matrix
     of: dict[str, Callable[..., Values]] = {}
-    if general_mean(first) is not None:
-        of["mean over general ability"] = _mean_or_nan
+    for role in role_means(first):
+        of[f"mean of {role}"] = lambda r, role=role: role_means(r.matrix)[role]
     for e in (first.evals[i] for i in beside_columns(first)):
         of[f"{e.id} ({e.role}, {e.metric})"] = lambda r, e=e: changes(r.matrix)[:, _column(r, e.id)]
     panels, ticks = [], stage_ticks(there)
@@ -159,11 +159,6 @@ def drift(runs: Sequence[Run]) -> Html:
         panels.append(_figure(title, chart(curves, label=label, size=_PANEL, ticks=ticks, levels=[(0.0, "no change")])))
     text = "Change since before training, positive for better. No stage teaches these."
     return section("Drift of general ability", note(text), legend(there, look), _grid(panels), anchor="drift")
-
-
-def _mean_or_nan(r: Run) -> np.ndarray:
-    found = general_mean(r.matrix)
-    return np.full(1 + len(r.matrix.rows), np.nan) if found is None else found
 
 
 def learning(runs: Sequence[Run]) -> Html:

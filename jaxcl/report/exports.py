@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxcl.metrics.matrix import METRICS
 from jaxcl.metrics.matrix_file import Matrix
 from jaxcl.metrics.over_runs import over_runs
+from jaxcl.metrics.trace import DELTAS
 from jaxcl.report.config import repetitions
 from jaxcl.report.heat import cells, row_names, short
 from jaxcl.report.run_files import HEADLINES, Run
@@ -22,22 +22,22 @@ _TEX = {
 
 
 def headlines(runs: Sequence[Run]) -> tuple[str, ...]:
-    """The metrics of the summary: also those against a baseline, where some run has it."""
-    more = ("intransigence_mean", "fwt_plasticity")
+    """The metrics of the summary: also those against a baseline, and of general ability, where some run has it."""
+    more = ("intransigence_mean", "fwt_plasticity", DELTAS["general"].name)
     return (*HEADLINES, *(k for k in more if any(r.metric(k)["value"] is not None for r in runs)))
 
 
 def groups(runs: Sequence[Run]) -> list[tuple[list[Run], dict[str, tuple[float, float] | None]]]:
     """(runs that differ in seed or order only, {metric: (mean, sample deviation)}), two or more finished ones each."""
     alike = [[r for r in g if r.whole and not r.state] for g in repetitions(runs)]
-    return [(g, over_runs([{k: r.metric(k)["value"] for k in METRICS} for r in g])) for g in alike if len(g) > 1]
+    return [(g, over_runs([{k: m["value"] for k, m in r.numbers.items()} for r in g])) for g in alike if len(g) > 1]
 
 
 def metrics_csv(runs: Sequence[Run]) -> str:
     """One line a run and metric: run, methods, metric, value, low, high, reason, convention."""
     rows: list[list[Any]] = []
     for r in runs:
-        for name, m in r.score.get("metrics", {}).items():
+        for name, m in r.numbers.items():
             value = "" if m["value"] is None else repr(m["value"])
             text = [m.get("reason", ""), m["convention"]]
             rows.append([r.name, r.methods, name, value, *m.get("interval", ("", "")), *text])

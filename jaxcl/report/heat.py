@@ -72,13 +72,13 @@ def task_matrix(r: Run) -> Html:
 
 
 def drift_matrix(r: Run) -> Html:
-    """Evals that no stage teaches: row 0 as measured, then what each stage changed since (positive: better), and where
-    they share a scale the mean over those of role general."""
+    """Evals that no stage teaches: row 0 as measured, then what each stage changed since (positive: better), and the
+    mean over those of a role."""
     m, columns = r.matrix, beside_columns(r.matrix)
     if not columns:
         return Html("")
     values, deltas = cells(m), changes(m)
-    mean = general_mean(m)
+    means = role_means(m)
     largest = float(np.nanmax(np.abs(deltas[:, columns]), initial=0.0)) or 1.0
     rows = []
     for t, name in enumerate(row_names(m)):
@@ -88,11 +88,12 @@ def drift_matrix(r: Run) -> Html:
                 inside.append(_cell(values[0, i], short(values[0, i]), math.nan, "h", "", told(r, 0, i)))
             else:
                 inside.append(_change(deltas[t, i], largest, f"{told(r, t, i)}; change {deltas[t, i]:+.4g}"))
-        if mean is not None:
-            inside.append(tag("td") if t == 0 else _change(mean[t], largest, f"{name}: mean change {mean[t]:+.4g}"))
+        for role, mean in means.items():
+            title = f"{name}: mean change of {role} {mean[t]:+.4g}"
+            inside.append(tag("td") if t == 0 else _change(mean[t], largest, title))
         rows.append(tag("tr", tag("th", name, scope="row"), *inside))
-    names = [m.evals[i].id for i in columns] + (["mean of general"] if mean is not None else [])
-    return _table(f"Change of general ability and probes of {r.name}", names, rows)
+    names = [m.evals[i].id for i in columns] + [f"mean of {role}" for role in means]
+    return _table(f"Change beside the tasks of {r.name}", names, rows)
 
 
 def beside_columns(m: Matrix) -> list[int]:
@@ -106,11 +107,15 @@ def changes(m: Matrix) -> np.ndarray:
     return (cells(m) - m.row0) * sign
 
 
-def general_mean(m: Matrix) -> np.ndarray | None:
-    """f64[1 + rows]: mean change over the evals of role general, None where there are not two of one scale."""
-    columns = [i for i, e in enumerate(m.evals) if e.role == "general"]
-    scales = {(m.evals[i].higher_is_better, m.evals[i].range) for i in columns}
-    return changes(m)[:, columns].mean(1) if len(columns) > 1 and len(scales) == 1 else None
+def role_means(m: Matrix) -> dict[str, np.ndarray]:
+    """{role: f64[1 + rows]}: mean change over the evals of a role, where there are two of one scale."""
+    out = {}
+    for role in dict.fromkeys(m.evals[i].role for i in beside_columns(m)):
+        columns = [i for i in beside_columns(m) if m.evals[i].role == role]
+        scales = {(m.evals[i].higher_is_better, m.evals[i].range) for i in columns}
+        if len(columns) > 1 and len(scales) == 1:
+            out[role] = changes(m)[:, columns].mean(1)
+    return out
 
 
 def _change(delta: float, largest: float, title: str) -> Html:

@@ -69,9 +69,15 @@ class Run(NamedTuple):
         made = self.config.get("methods")
         return " + ".join(map(str, made)) if isinstance(made, dict | list) else ""
 
+    @property
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """{metric: value, convention, papers, and reason or interval}, the mean deltas of drift among them."""
+        deltas = self.score.get("drift", {}).get("mean_delta", {}).values()
+        return self.score.get("metrics", {}) | {d["name"]: d for d in deltas if "name" in d}
+
     def metric(self, name: str) -> dict[str, Any]:
-        """A metric's entry in the score: value, and reason or interval."""
-        return self.score.get("metrics", {}).get(name, {"value": None, "reason": "nothing has been evaluated yet"})
+        """One of the numbers; without a value where this run has none of that name."""
+        return self.numbers.get(name, {"value": None, "reason": "not among the evals of this run"})
 
 
 def read_run(path: Path, name: str) -> Run:

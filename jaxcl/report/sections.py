@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxcl.metrics.bootstrap import differences
-from jaxcl.metrics.matrix import METRICS
 from jaxcl.report.config import config_differences, flatten, seed_of
 from jaxcl.report.exports import groups, headlines
 from jaxcl.report.heat import drift_matrix, task_matrix
@@ -30,10 +29,11 @@ def metric_cell(m: Mapping[str, Any]) -> Html:
     return cell(m["value"], Html(number(m["value"]) + "".join(below)))
 
 
-def _heads(names: Sequence[str]) -> list[Html]:
+def _heads(runs: Sequence[Run], names: Sequence[str]) -> list[Html]:
     """Metrics as heads of columns, their convention on hover."""
+    known = {k: m["convention"] for r in runs for k, m in r.numbers.items()}
     breaks = {k: Html(re.sub(r"_(?=[a-z]{3})", "_<wbr>", k)) for k in names}
-    return [tag("span", text, title=METRICS[k].convention) for k, text in breaks.items()]
+    return [tag("span", text, title=known.get(k)) for k, text in breaks.items()]
 
 
 def summary(runs: Sequence[Run]) -> Html:
@@ -43,7 +43,7 @@ def summary(runs: Sequence[Run]) -> Html:
     for r in runs:
         about = [_titled(r), r.methods or DASH] + ([_leaf(seed_of(r))] if several else [])
         rows.append([*about, *(metric_cell(r.metric(k)) for k in shown)])
-    head = ["run", "methods", *(["seed"] if several else []), *_heads(shown)]
+    head = ["run", "methods", *(["seed"] if several else []), *_heads(runs, shown)]
     parts = [table(head, rows, sortable=several)]
     if any("interval" in m for r in runs for m in r.score.get("metrics", {}).values()):
         parts.append(note(_INTERVALS))
@@ -68,11 +68,12 @@ def repeated(runs: Sequence[Run]) -> Html:
         orders = len({r.matrix.stages for r in group})
         names = tag("span", ", ".join(r.name for r in group), cls="between text")
         count = f"{len(group)} runs" + (f", {orders} orders" if orders > 1 else "")
-        rows.append([Html(esc(group[0].methods or group[0].name) + names), count, *(_mean(found[k]) for k in shown)])
+        title = Html(esc(group[0].methods or group[0].name) + names)
+        rows.append([title, count, *(_mean(found.get(k)) for k in shown)])
     if not rows:
         return Html("")
     text = "Mean and sample deviation over finished runs that differ in seed or order only, computed run by run."
-    inside = table(["methods", "over", *_heads(shown)], rows, sortable=len(rows) > 1)
+    inside = table(["methods", "over", *_heads(runs, shown)], rows, sortable=len(rows) > 1)
     return section("Over seeds and orders", note(text), inside, anchor="repeated")
 
 
@@ -96,7 +97,7 @@ def paired(runs: Sequence[Run]) -> Html:
     if not rows and not notes:
         return Html("")
     text = f"Differences to {there[0].name}, on the same test items; grey: the 95% interval covers 0."
-    inside = [note(text), table(["run", *_heads(shown)], rows, sortable=len(rows) > 1)] if rows else []
+    inside = [note(text), table(["run", *_heads(runs, shown)], rows, sortable=len(rows) > 1)] if rows else []
     return section("Paired differences", *inside, *notes, anchor="paired")
 
 
@@ -132,8 +133,8 @@ def metrics(runs: Sequence[Run]) -> Html:
     """Every metric of every run under its convention."""
     there = [r for r in runs if r.measured]
     rows = []
-    for name, info in METRICS.items():
-        about = f"{info.convention}" + (f" ({info.papers})" if info.papers else "")
+    for name, m in {k: m for r in there for k, m in r.numbers.items()}.items():
+        about = m["convention"] + (f" ({m['papers']})" if m["papers"] else "")
         head = Html(esc(name) + tag("span", about, cls="between text"))
         rows.append([head, *(metric_cell(r.metric(name)) for r in there)])
     text = (
