@@ -11,15 +11,18 @@ import json
 import os
 from typing import Any
 
+import jax
 import optax
 
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.types import ALL
 from jaxcl.data.template import Template
 from jaxcl.errors import RequestError
-from jaxcl.evaluate.general import general_suite
 from jaxcl.methods.lora import lora
+from jaxcl.models.decoder import decoder
 from jaxcl.models.fetch import load
+from jaxcl.models.spec import tiny
+from jaxcl.models.tokenizer import ByteTokenizer
 from jaxcl.registry import METHODS, constructor
 from jaxcl.scenarios import open_stream
 
@@ -38,7 +41,7 @@ class Config:
     method: str = "finetune"
     options: str = "{}"  # of the method's constructor, a JSON object
     adapter: bool = True  # train LoRA (rank, targets below), unless the method brings its own adapters
-    model: str = "smollm2-135m-instruct"
+    model: str = "smollm2-135m-instruct"  # tiny: an untrained byte decoder, to try a stream in seconds
     template: str = "plain"
     rows: int | None = 64
     test_rows: int | None = 32
@@ -77,10 +80,16 @@ def methods(cfg: Config) -> list[Any]:
     return [lora(rank=cfg.rank, targets=list(cfg.targets), dropout=0.0), made]
 
 
+def tried(cfg: Config) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """What `load` gives, of a model that knows nothing."""
+    model = decoder(tiny(context=cfg.window))
+    return model, model.init(model.spec, jax.random.key(cfg.seed)), ByteTokenizer(), {"made by": "chance"}
+
+
 def build(cfg: Config) -> Experiment:
     """The experiment; weights come from the model cache (`jaxcl fetch`), data from --data or $JAXCL_DATA."""
     chosen, data = methods(cfg), os.environ.get("JAXCL_DATA")
-    model, params, tokenizer, source = load(cfg.model)
+    model, params, tokenizer, source = tried(cfg) if cfg.model == "tiny" else load(cfg.model)
     stream = open_stream(
         cfg.stream,
         tokenizer,
@@ -96,7 +105,11 @@ def build(cfg: Config) -> Experiment:
         options=_object(cfg.settings, "settings"),
     )
     shared = {"window": cfg.window, "seed": cfg.seed, "batch_size": cfg.batch_size}
-    general = general_suite(data, tokenizer, rows=cfg.general, **shared) if cfg.general else []
+    general: list[Any] = []
+    if cfg.general:
+        from jaxcl.evaluate.general import general_suite
+
+        general = general_suite(data, tokenizer, rows=cfg.general, **shared)
     return stream.experiment(
         model=model,
         params=params,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxcl.errors import unknown
+from jaxcl.errors import RequestError, unknown
 from jaxcl.scenarios import pretraining, text_classification
 from jaxcl.scenarios.base import SCENARIOS, Scenario, Settings, StreamInfo
 
@@ -25,7 +27,22 @@ def open_stream(name: str, tokenizer: Tokenizer, settings: Settings | None = Non
     if name not in STREAMS:
         raise unknown("stream", name, STREAMS)
     info, settings = STREAMS[name], settings or Settings(**fields)
+    _check_present(info, settings)
     return info.build(info, _ordered(info, settings), tokenizer, settings)
+
+
+def _check_present(info: StreamInfo, settings: Settings) -> None:
+    """One line where data is absent: which folder, and where the public has it."""
+    root = settings.data_dir or os.environ.get("JAXCL_DATA")
+    for name in info.data:
+        folder = name.partition("/date=")[0]
+        if root and (Path(root) / folder).exists():
+            continue
+        there = f"no {Path(root) / folder}" if root else "no data directory"
+        public = f"; in public it is {', '.join(info.public)}" if info.public else ""
+        raise RequestError(
+            f"stream {info.name!r}: {there}; --data or JAXCL_DATA must name the folder that holds {folder}/{public}"
+        )
 
 
 def _ordered(info: StreamInfo, settings: Settings) -> tuple[str, ...]:
