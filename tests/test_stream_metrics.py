@@ -87,6 +87,28 @@ def test_score_has_the_deltas_by_role():
     assert holed["mean_delta"]["general"]["value"] is None and "needs row0" in holed["mean_delta"]["general"]["reason"]
 
 
+def test_losses_beside_scores_are_left_out_of_a_mean():
+    obj = card_file()
+    template = obj["evals"][0]
+    loss = {"role": "general", "higher_is_better": False, "range": [0, None]}
+    obj["evals"] += [template | {"id": "mmlu", "role": "general"}, template | loss | {"id": "news", "metric": "nll"},
+                     template | loss | {"id": "wiki", "metric": "perplexity"}]  # fmt: skip
+    obj["row0"], obj["rows"] = [*R0, 0.5, 2.0, 8.0], [[*row, 0.4, 2.5, 10.0] for row in R]
+    for k in ("random", "single", "joint"):
+        obj[k] = [*obj[k], None, None, None]
+    drift = score_matrix(parse_matrix(obj, "x"))["drift"]
+    assert drift["mean_delta"]["general"]["value"] == pytest.approx(-0.1)
+    assert drift["mean_delta"]["general"]["left_out"] == ["news", "wiki"]
+    assert drift["per_stage"]["general"] == pytest.approx([-0.1] * 4)
+    assert drift["evals"]["news"]["relative_perplexity"] == pytest.approx(math.exp(0.5))
+    assert drift["evals"]["wiki"]["relative_perplexity"] == pytest.approx(1.25)
+    assert drift["evals"]["news"]["delta"] == pytest.approx(-0.5)
+    assert "relative_perplexity" not in drift["evals"]["mmlu"]
+    obj["evals"][5:] = [e | {"role": "probe", "metric": "perplexity"} for e in obj["evals"][5:]]
+    alone = score_matrix(parse_matrix(obj, "x"))["drift"]["mean_delta"]["probe"]
+    assert alone["value"] is None and "perplexities are not averaged" in alone["reason"]
+
+
 # FUAR
 
 

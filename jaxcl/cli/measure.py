@@ -57,13 +57,18 @@ def _print_score(d: dict[str, Any]) -> None:
     if apart := d["drift"]["evals"]:
         rows = [{"drift of": k, **v} for k, v in apart.items()]
         rows += [
-            {"drift of": f"all of role {role}", "role": m.get("papers"), "delta": m["value"]}
+            {"drift of": " ".join([m.get("name", f"all of role {role}"), m.get("papers", "")]), "role": role}
+            | {"delta": m["value"], "note": m.get("reason") or _left_out(m)}
             for role, m in d["drift"]["mean_delta"].items()
         ]
-        out.print(plain_table(rows, ("drift of", "role", "before", "after", "delta")))
+        out.print(plain_table(rows, ("drift of", "role", "before", "after", "delta", "note")))
     out.print(f"scores: {d['sign']}")
     if reason := d.get("intervals", {}).get("reason"):
         out.print(f"no intervals: {reason}")
+
+
+def _left_out(m: dict[str, Any]) -> str | None:
+    return "without " + ", ".join(m["left_out"]) if "left_out" in m else None
 
 
 def _print_partial(d: dict[str, Any]) -> None:

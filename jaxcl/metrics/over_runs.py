@@ -111,7 +111,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _same_methods(a: tuple[Path, dict[str, Any]], b: tuple[Path, dict[str, Any]]) -> None:
     """A mean over methods says nothing; runs that do not say theirs are taken as they are."""
-    ours, theirs = (", ".join(m) if isinstance(m := c.get("methods"), dict) else "" for _, c in (a, b))
+    ours, theirs = (", ".join(map(str, m)) if isinstance(m := c.get("methods"), dict | list) else "" for _, c in (a, b))
     if a[1] and b[1] and ours != theirs:
         shown = f"methods are {ours or 'none'} in {a[0]} and {theirs or 'none'} in {b[0]}"
         raise RequestError(f"{shown}; accepted: seeds or orders of one experiment (jaxcl report compares methods)")

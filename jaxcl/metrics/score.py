@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxcl.metrics.drift import drift
 from jaxcl.metrics.matrix import METRICS, MetricInfo, Scores, explain, make_scores, series
-from jaxcl.metrics.matrix_file import BASELINES, Eval, Matrix, parse_matrix
+from jaxcl.metrics.matrix_file import BASELINES, Matrix, parse_matrix
 from jaxcl.metrics.nats import NATS
-from jaxcl.metrics.trace import DELTAS, on_one_scale
+from jaxcl.metrics.trace import on_one_scale
 
 
 def task_columns(m: Matrix) -> list[int]:
@@ -74,45 +75,6 @@ def task_scores(m: Matrix, R: np.ndarray | None = None, row0: np.ndarray | None 
     base = {k: s * log(v[cols]) for k in BASELINES if (v := getattr(m, k)) is not None}
     zero = None if np.isnan(m.row0[cols]).all() else s * log(row0[..., cols])
     return make_scores(s * log((m.rows if R is None else R)[..., cols]), zero, learned=learned, **base)
-
-
-def drift(m: Matrix) -> dict[str, Any]:
-    """Evals that no stage teaches (general ability, instruction following, safety, probes): the last row minus row 0,
-    each and by role, the mean also after every stage. These are TRACE's deltas (`jaxcl.metrics.trace.DELTAS`).
-
-    A positive delta is an improvement, for losses too. A mean is null with a reason where the scales differ or a value
-    is missing.
-    """
-    apart = [i for i in range(len(m.evals)) if i not in task_columns(m)]
-    change = np.where([e.higher_is_better for e in m.evals], 1, -1) * (m.rows - m.row0)
-    out: dict[str, Any] = {"evals": {}, "mean_delta": {}, "per_stage": {}}
-    for i in apart:
-        before, after = m.row0[i], m.rows[-1, i] if len(m.rows) else np.nan
-        delta = change[-1, i] if len(m.rows) else np.nan
-        entry = {"before": float(before), "after": float(after), "delta": float(delta)}
-        out["evals"][m.evals[i].id] = {"role": m.evals[i].role} | {k: _plain(v) for k, v in entry.items()}
-    for role in sorted({m.evals[i].role for i in apart}):
-        group = [i for i in apart if m.evals[i].role == role]
-        found = _mean_delta([m.evals[i] for i in group], change[:, group])
-        info = DELTAS.get(role)
-        named = {"name": info.name, "convention": info.convention, "papers": info.papers} if info else {}
-        out["mean_delta"][role] = found | named
-        if "reason" not in found:
-            out["per_stage"][role] = [_plain(v) for v in change[:, group].mean(1).tolist()]
-    return out
-
-
-def _mean_delta(group: list[Eval], change: np.ndarray) -> dict[str, Any]:
-    if len({(e.higher_is_better, e.range) for e in group}) > 1:
-        return {"value": None, "reason": "evals of different scale"}
-    if not len(change) or np.isnan(change[-1]).any():
-        return {"value": None, "reason": "needs row0 and the last row of every eval"}
-    return {"value": float(change[-1].mean())}
-
-
-def _plain(x: float) -> float | None:
-    """NaN is what was not measured."""
-    return None if np.isnan(x) else x
 
 
 def score_matrix(m: Matrix | Mapping[str, Any], run: Path | None = None) -> dict[str, Any]:

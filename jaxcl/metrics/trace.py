@@ -16,15 +16,15 @@ from jaxcl.metrics.info import Found, Info, mean
 from jaxcl.metrics.matrix import explain, make_scores, series
 
 CARD = "metrics/trace-citb-fuar"
-_DELTA = "mean over the evals of role {!r} of the last row minus row 0; row 0 is the aligned model"
+_DELTA = "mean over the evals of role {!r} of the last row minus row 0, losses beside scores left out"
 DELTAS: dict[str, Info] = {
     role: Info(name=name, kind="drift", card=CARD, papers=papers, needs=(f"evals of role {role!r}", "row0"),
-               convention=_DELTA.format(role) + more)
-    for role, name, papers, more in (
-        ("general", "general_delta", "TRACE (GD)", ""),
-        ("instruction", "instruction_delta", "TRACE (IFD)", ""),
-        ("safety", "safety_delta", "TRACE (SD)", ""),
-        ("probe", "probe_delta", "", "; losses negated"),
+               convention=_DELTA.format(role))
+    for role, name, papers in (
+        ("general", "general_delta", "TRACE (GD)"),
+        ("instruction", "instruction_delta", "TRACE (IFD)"),
+        ("safety", "safety_delta", "TRACE (SD)"),
+        ("probe", "probe_delta", ""),
     )
 }  # fmt: skip
 """Role of an eval -> the mean change of the evals with that role."""
