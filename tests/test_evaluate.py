@@ -1,4 +1,4 @@
-"""Exact match against a plain greedy loop, text scores against numpy, packing against separate rows."""
+"""Text scores against numpy, packing against separate rows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from jaxcl.core.view import View
 from jaxcl.data.pipeline import pipeline
 from jaxcl.data.stage import instruct_source, text_source
 from jaxcl.errors import RequestError
-from jaxcl.evaluate.exact_match import RULES, exact_match
 from jaxcl.evaluate.nll import text_nll, token_hits, window_ids
-from jaxcl.metrics.pooling import pooled as score
 from jaxcl.models.decoder import decoder
 from jaxcl.models.spec import tiny
 
@@ -63,16 +61,6 @@ def logits(view):
     return of
 
 
-def greedy(logits, prompt: list[int], most: int) -> list[int]:
-    written: list[int] = []
-    while len(written) < most:
-        token = int(np.argmax(logits(prompt + written)[-1]))
-        if token == Bytes.eos_id:
-            break
-        written.append(token)
-    return written
-
-
 def rows(n: int) -> list[dict]:
     return [
         {
@@ -84,52 +72,6 @@ def rows(n: int) -> list[dict]:
         }
         for i in range(n)
     ]
-
-
-def test_exact_match_writes_what_a_plain_loop_writes(view, logits):
-    tests = rows(9)
-    answers = []
-    for i, row in enumerate(tests):
-        prompt = list(f"{row['instruction']}{row['input']}\nAnswer:".encode())
-        answers.append(Bytes().decode(greedy(logits, prompt, 8)))
-        if i % 3 == 0:
-            row["target"] = answers[i].strip() or "-"
-        if i % 3 == 1:
-            row["targets"] = ["nothing", answers[i] + " "]
-    seen = []
-    made = exact_match("t", tests, Bytes(), window=WIDTH, batch_size=4, max_new=8)
-    items = made.run(view, lambda done, total: seen.append((done, total)))
-    assert [i["prediction"] for i in items] == [a.strip() for a in answers]
-    assert len(set(answers)) > 2
-    for i, item in enumerate(items):
-        accepted = tests[i].get("targets") or [tests[i]["target"]]
-        assert item["id"] == str(i)
-        assert item["score"] == float(answers[i].strip() in {a.strip() for a in accepted})
-    assert 0 < score(items) < 1
-    assert seen[-1] == (9, 9)
-    assert (made.metric, made.n, made.range) == ("exact_match_strict", 9, (0.0, 1.0))
-
-
-def test_the_rules_of_exact_match():
-    assert RULES["strict"](" Family & Relationships\n") == "Family & Relationships"
-    assert RULES["lenient"](" Family &  Relationships.\n") == "family relationships"
-    assert RULES["strict"]("World") != RULES["strict"]("world")
-
-
-@pytest.mark.parametrize(
-    ("kw", "words"),
-    [
-        ({"rule": "Strict"}, "unknown rule of exact match 'Strict'; did you mean 'strict'"),
-        ({"max_new": 0}, "answers of 0 tokens; accepted: 1 to 63"),
-        ({"window": 9}, "answers of 9 tokens; accepted: 1 to 8"),
-        ({"window": 24}, "row '0': instruction, options and answer mark need 20 tokens, 15 are left"),
-        ({"rows": []}, "eval 't' has no test rows"),
-    ],
-)
-def test_exact_match_refuses(kw, words):
-    kw = {"window": 64, **kw}
-    with pytest.raises(RequestError, match=words):
-        exact_match("t", kw.pop("rows", rows(1)), Bytes(), **kw)
 
 
 TEXTS = ["A first text, of some length.", "b", "ünïcode 世界", "the end " * 9]

@@ -129,6 +129,7 @@ class Measurements:
                 "n": e.n,
                 "role": e.role,
                 **({"pool": e.pool} if e.pool else {}),
+                **({"hparams": dict(e.hparams)} if e.hparams else {}),
             }
             for e in self.exp.evals
         ]

@@ -91,7 +91,7 @@ def instruct_evals(
     by: str = "ranking",
 ) -> list[Eval]:
     """One eval per name over ``instruct`` rows; see `folder_evals`."""
-    from jaxcl.evaluate.exact_match import exact_match
+    from jaxcl.evaluate.generation import exact_match
     from jaxcl.evaluate.ranking import label_ranking
 
     kinds: dict[str, Callable[..., Eval]] = {"ranking": label_ranking, "generation": exact_match}

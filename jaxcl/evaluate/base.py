@@ -6,7 +6,7 @@ Test rows live here and nowhere else; training reads stages, which hold none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -28,7 +28,8 @@ class Eval:
     or what ``pool`` (a name of `jaxcl.metrics.pooling.POOLS`) makes of the sums of their parts.
 
     n: number of test rows. range: the lowest and highest score (math.inf: no bound). role: 'task', 'general'
-    or 'probe'. chance: the score of a guess, where there is one; it becomes the matrix file's ``random``.
+    or 'probe'. chance: the score of a guess, where there is one; it becomes the matrix file's ``random``. hparams: how
+    it asks (temperature, seed, ...), JSON, written into the matrix file.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Eval:
     role: str = "task"
     chance: float | None = None
     pool: str | None = None
+    hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def shared(run: Callable[[Any, Progress], T]) -> Callable[[Any, Progress], T]:
