@@ -43,6 +43,8 @@ class How(NamedTuple):
             raise RequestError(f"{where}: temperature={self.temperature}; accepted: 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"{where}: top_p={self.top_p}; accepted: above 0, up to 1")
+        if not 0 <= self.seed < 2**31:
+            raise RequestError(f"{where}: seed={self.seed}; accepted: 0 to {2**31 - 1}")
         if not all(self.stop):
             raise RequestError(f"{where}: an empty stop string; accepted: texts that end an answer")
         return self
@@ -78,7 +80,7 @@ class Answers:
     ):
         self.read, self.tokenizer, self.how, self.most, self.batch_size = prompts, tokenizer, how, most, batch_size
         single = [ids[0] for ids in map(tokenizer.encode, how.stop) if len(ids) == 1]
-        self.first, self.more = _writers(how, (tokenizer.eos_id, *single), tokenizer.pad_id)
+        self.first, self.more = _writers(how._replace(seed=0), (tokenizer.eos_id, *single), tokenizer.pad_id)
 
     @functools.cached_property
     def prompts(self) -> list[list[int]]:
@@ -99,7 +101,7 @@ class Answers:
         columns = (
             [np.pad(prompt, (0, size - len(prompt))) for prompt in prompts],
             [np.array(len(prompt), np.int32) for prompt in prompts],
-            [np.array(i, np.int32) for i in members],
+            [np.array([self.how.seed, i], np.int32) for i in members],
         )
         rows = tuple(filled(column, self.batch_size) for column in columns)
         state = view.call(self.first, *rows)
@@ -127,12 +129,12 @@ def _writers(how: How, stop_ids: tuple[int, ...], pad: int) -> tuple[Callable[..
 
     Without stop strings the first call writes all.
     """
-    fixed = {"max_new": how.max_new, "stop_ids": stop_ids, "pad": pad}
+    fixed: dict[str, Any] = {"max_new": how.max_new, "stop_ids": stop_ids, "pad": pad}
     fixed |= {"temperature": how.temperature, "top_p": how.top_p}
 
-    def writing(apply: Any, head: Any, spec: Any, params: Any, prompts: Any, lengths: Any, rows: jax.Array) -> Writing:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(how.seed), rows)
-        return Writing(apply, head, spec, params, prompts, lengths, key=keys, **fixed)
+    def writing(apply: Any, head: Any, spec: Any, params: Any, prompts: Any, lengths: Any, seeds: jax.Array) -> Writing:
+        key = jax.vmap(lambda of: jax.random.fold_in(jax.random.key(of[0]), of[1]))(seeds) if how.temperature else None
+        return Writing(apply, head, spec, params, prompts, lengths, key=key, **fixed)
 
     def first(apply: Any, head: Any, spec: Any, params: Any, *rows: Any) -> Written:
         batch = writing(apply, head, spec, params, *rows)

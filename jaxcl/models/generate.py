@@ -163,7 +163,7 @@ def penalised(scores: jax.Array, penalty: float) -> jax.Array:
 
 def draw(key: jax.Array, scores: jax.Array, top_p: float, top_k: int = 0) -> jax.Array:
     """One token a row, i32[B], from logits f32[B,V], by one key or one a row: of the ``top_k`` most likely (0: all;
-    ties stay), then of the nucleus: the most likely tokens whose mass before them is below ``top_p``, so at least one."""
+    ties stay), then of the nucleus, the most likely tokens whose mass before them is below ``top_p``: at least one."""
     if 0 < top_k < scores.shape[-1]:
         scores = jnp.where(scores >= jax.lax.top_k(scores, top_k)[0][:, -1:], scores, -jnp.inf)
     if top_p < 1.0:
