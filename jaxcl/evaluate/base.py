@@ -57,6 +57,11 @@ def shared(run: Callable[[Any, Progress], T]) -> Callable[[Any, Progress], T]:
     return once
 
 
+def stage_of(view: Any, own: int = 0) -> int:
+    """The stage at which candidates are asked for: the run's present one, at least the eval's ``own``."""
+    return max(int(view.clock.stage), own) if view.clock is not None else own
+
+
 def bucket(length: int, most: int) -> int:
     """The smallest of 32, 64, 128, ... that holds ``length``, at most ``most``: few shapes."""
     size = 32
