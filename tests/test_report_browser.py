@@ -69,9 +69,9 @@ def test_shown_values_are_those_of_the_matrix(opened, runs):
             cells = rows.nth(k).locator("td")
             assert cells.all_inner_texts() == [f"{v:.3f}" for v in row[: len(STAGES)]]
             title = cells.nth(1).get_attribute("title")
-            assert title.startswith(("before training" if k == 0 else f"after {STAGES[k - 1]}") + ", beta (accuracy): ")
-            value, low, high, n = map(float, re.findall(r"[\d.]+", title.split(": ")[1].replace("95%", "")))
-            assert value == pytest.approx(row[1], abs=1e-6) and low <= value <= high and n == 40
+            assert title.startswith(("before training" if k == 0 else f"after {STAGES[k - 1]}") + ", beta: ")
+            value, low, high = map(float, re.findall(r"[\d.]+", title.split(": ")[1].replace("95%", "")))
+            assert value == pytest.approx(row[1], abs=1e-6) and low <= value <= high
 
 
 def test_sorting(opened, runs):
@@ -144,7 +144,7 @@ def test_curves_tell_their_values(opened, runs):
     rows = json.loads((runs[1] / "matrix.json").read_text())
     panel = page.locator("#tasks figure", has=page.locator("figcaption:text-is('beta (accuracy)')"))
     titles = panel.locator("circle title").evaluate_all("all => all.map(t => t.textContent)")
-    mine = [float(t.split(": ")[1].split(",")[0]) for t in titles if t.startswith("replay, ")]
+    mine = [float(t.split(": ")[1].split()[0]) for t in titles if t.startswith("replay, ")]
     assert mine == pytest.approx([r[1] for r in [rows["row0"], *rows["rows"]]], abs=1e-6)
     assert panel.locator("svg").get_attribute("role") == "img"
 

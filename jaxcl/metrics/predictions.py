@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import math
@@ -36,9 +37,17 @@ def read_items(run: Path, e: Eval, rows: int) -> ItemScores | None:
 
     Raises RequestError on a damaged or malformed file, and when two rows hold different items.
     """
-    found = {k: _read(p, e) for k in range(rows) if (p := predictions_path(run, e.id, k)).is_file()}
-    if not found:
-        return None
+    files = {k: p for k in range(rows) if (p := predictions_path(run, e.id, k)).is_file()}
+    stats = [p.stat() for p in files.values()]
+    stamps = tuple((s.st_mtime_ns, s.st_size) for s in stats)
+    return _items(run, e, rows, tuple(files), stamps) if files else None
+
+
+@functools.lru_cache(maxsize=512)
+def _items(run: Path, e: Eval, rows: int, there: tuple[int, ...], stamps: tuple[tuple[int, int], ...]) -> ItemScores:
+    """Reading is most of the work of a bootstrap, and a report resamples the same files several times. ``stamps``: when
+    they were written and how large they are; other files are read anew."""
+    found = {k: _read(predictions_path(run, e.id, k), e) for k in there}
     first = min(found)
     ids = tuple(sorted(found[first]))
     width = len(found[first][ids[0]])
@@ -52,6 +61,7 @@ def read_items(run: Path, e: Eval, rows: int) -> ItemScores | None:
             if len(row[i]) != width:
                 raise RequestError(f"{where}: item {i!r} has {len(row[i])} parts; accepted: {width}, as the first")
         parts[k] = [row[i] for i in ids]
+    parts.flags.writeable = False  # shared by all who ask
     return ItemScores(ids, parts)
 
 

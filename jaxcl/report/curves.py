@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcl.metrics.score import task_columns
 from jaxcl.report.config import repetitions
-from jaxcl.report.heat import beside_columns, cells, changes, role_means, row_names, told
+from jaxcl.report.heat import beside_columns, cells, changes, measured, role_means, row_names
 from jaxcl.report.html import Html, note, section, tag
 from jaxcl.report.run_files import Logged, Run
 from jaxcl.report.svg import COLOURS, DASHES, Curve, Look, Point, chart, padded, span, swatch
@@ -53,7 +53,7 @@ def _average(group: Sequence[Run], metric: str, look: dict[str, Look]) -> list[C
     rows = [_series(r, metric) for r in group]
     out = []
     for j, (r, row) in enumerate(zip(group, rows)):
-        say = lambda t, v, r=r: f"{r.name}, {_after(r, t)}: {metric} {v:.4f}"  # noqa: E731
+        say = lambda t, v, r=r: f"{r.name}, {_after(r, t)}: {v:.4f}"  # noqa: E731
         out.append(Curve(_points(row, say, 1), look[r.name], _band(rows) if j == 0 else ()))
     return out
 
@@ -105,7 +105,7 @@ def tasks(runs: Sequence[Run]) -> Html:
             k = _column(r, e.id)
             stage = r.matrix.learned(e.id)
             own = None if stage is None else stage + 1
-            say = lambda t, _, r=r, k=k: f"{r.name}, {told(r, t, k)}"  # noqa: E731
+            say = lambda t, _, r=r, k=k: f"{r.name}, {_after(r, t)}: {measured(r, t, k)}"  # noqa: E731
             curves.append(Curve(_points(cells(r.matrix)[:, k], say, own=own), look[r.name]))
         level = math.nan if first.single is None else float(first.single[i])
         levels = [] if math.isnan(level) else [(level, f"alone: {level:.4f}")]
@@ -153,7 +153,7 @@ def drift(runs: Sequence[Run]) -> Html:
     for title, values in of.items():
         curves = []
         for r in there:
-            say = lambda t, v, r=r, title=title: f"{r.name}, {_after(r, t)}: {title} {v:+.4f}"  # noqa: E731
+            say = lambda t, v, r=r: f"{r.name}, {_after(r, t)}: {v:+.4f}"  # noqa: E731
             curves.append(Curve(_points(values(r), say), look[r.name]))
         label = f"Change of {title} since before training. {_words(there, values)}"
         panels.append(_figure(title, chart(curves, label=label, size=_PANEL, ticks=ticks, levels=[(0.0, "no change")])))

@@ -28,22 +28,20 @@ def matrix_figure(m: Matrix) -> dict[str, bytes]:
     values = cells(m)
     height, width = values.shape
     figure, axes = _axes(1.6 + 0.95 * width, 0.9 + 0.48 * height)
-    shade, colours = shades(m, values), colormaps["Blues"]
+    painted = colormaps["Blues"](0.04 + 0.86 * np.nan_to_num(shades(m, values)))
+    painted[np.isnan(values)] = 1.0
+    edges = [np.arange(n + 1) - 0.5 for n in (width, height)]
+    axes.pcolormesh(*edges, painted, edgecolors="white", linewidth=2.5)
     for t, i in np.ndindex(height, width):
-        value = float(values[t, i])
-        if np.isnan(value):
-            axes.text(i, t, "–", ha="center", va="center", color=_FAINT, fontsize=10)
-            continue
-        colour = colours(0.04 + 0.86 * shade[t, i])
-        axes.add_patch(Rectangle((i - 0.48, t - 0.46), 0.96, 0.92, color=colour, linewidth=0))
-        bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 0.55
-        ink = "#111111" if bright else "#ffffff"
-        axes.text(i, t, short(value), ha="center", va="center", color=ink, fontsize=10)
+        bright = painted[t, i, :3] @ (0.299, 0.587, 0.114) > 0.55
+        shown, ink = (short(float(values[t, i])), "#111111" if bright else "white")
+        shown, ink = ("–", _FAINT) if np.isnan(values[t, i]) else (shown, ink)
+        axes.text(i, t, shown, ha="center", va="center", color=ink, fontsize=10).set_in_layout(False)
     for i, e in enumerate(m.evals):
         own = m.learned(e.id)
         if own is not None and own < len(m.rows):
             box = Rectangle((i - 0.48, own + 0.54), 0.96, 0.92, fill=False, edgecolor=_OWN, linewidth=2)
-            axes.add_patch(box)
+            axes.add_patch(box).set_in_layout(False)
     axes.axhline(0.5, color=_FAINT, linewidth=1)
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)
@@ -92,11 +90,12 @@ def _files(figure: Any) -> dict[str, bytes]:
     """The same bytes from the same numbers: no dates, no random ids; letters of the SVG stay text."""
     from matplotlib import rc_context
 
+    tight = figure.get_tightbbox(figure.canvas.get_renderer()).padded(0.1)  # found once, not by a drawing a format
     out, nothing = {}, {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "jaxcl"}):
         for kind in FORMATS:
             file = io.BytesIO()
-            figure.savefig(file, format=kind, dpi=150, bbox_inches="tight", metadata=nothing[kind], facecolor="white")
+            figure.savefig(file, format=kind, dpi=150, bbox_inches=tight, metadata=nothing[kind], facecolor="white")
             out[kind] = file.getvalue()
     return out
 

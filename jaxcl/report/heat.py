@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxcl.metrics.matrix_file import Matrix
+from jaxcl.metrics.matrix_file import Eval, Matrix
 from jaxcl.metrics.score import task_columns
 from jaxcl.report.html import DASH, Html, tag
 from jaxcl.report.run_files import Run
@@ -46,14 +46,16 @@ def short(value: float) -> str:
 
 
 def told(r: Run, row: int, column: int) -> str:
-    """A cell in words: stage, eval, value, interval over its items, their number."""
-    e, value = r.matrix.evals[column], cells(r.matrix)[row, column]
-    where = f"{row_names(r.matrix)[row]}, {e.id} ({e.metric})"
+    """A cell in words: stage, eval, value, interval over its items."""
+    return f"{row_names(r.matrix)[row]}, {r.matrix.evals[column].id}: {measured(r, row, column)}"
+
+
+def measured(r: Run, row: int, column: int) -> str:
+    """The value of a cell and its interval, as far as there are any."""
+    value, (lo, hi) = cells(r.matrix)[row, column], r.bounds[:, row, column]
     if math.isnan(value):
-        return f"{where}: not measured"
-    lo, hi = r.bounds[:, row, column]
-    between = "" if math.isnan(lo) else f", 95% interval {lo:.4g} to {hi:.4g}"
-    return f"{where}: {value:.6g}{between}, n = {e.n}"
+        return "not measured"
+    return f"{value:.6g}" + ("" if math.isnan(lo) else f" (95% interval {lo:.4g} to {hi:.4g})")
 
 
 def task_matrix(r: Run) -> Html:
@@ -68,7 +70,7 @@ def task_matrix(r: Run) -> Html:
             inside.append(_cell(values[t, i], short(values[t, i]), shade[t, i], "h", own, told(r, t, i)))
         rows.append(tag("tr", tag("th", name, scope="row"), *inside))
     state = f" ({r.state})" if r.state else ""
-    return _table(f"Task matrix of {r.name}{state}", [m.evals[i].id for i in columns], rows)
+    return _table(f"Task matrix of {r.name}{state}", [_head(m.evals[i]) for i in columns], rows)
 
 
 def drift_matrix(r: Run) -> Html:
@@ -92,8 +94,8 @@ def drift_matrix(r: Run) -> Html:
             title = f"{name}: mean change of {role} {mean[t]:+.4g}"
             inside.append(tag("td") if t == 0 else _change(mean[t], largest, title))
         rows.append(tag("tr", tag("th", name, scope="row"), *inside))
-    names = [m.evals[i].id for i in columns] + [f"mean of {role}" for role in means]
-    return _table(f"Change beside the tasks of {r.name}", names, rows)
+    heads = [_head(m.evals[i]) for i in columns] + [tag("th", f"mean of {role}", scope="col") for role in means]
+    return _table(f"Change beside the tasks of {r.name}", heads, rows)
 
 
 def beside_columns(m: Matrix) -> list[int]:
@@ -131,7 +133,12 @@ def _cell(value: float, shown: str, shade: float, kind: str, own: str, title: st
     return tag("td", shown, cls=(colour + own).strip() or None, title=title)
 
 
-def _table(caption: str, names: Sequence[str], rows: Sequence[Html]) -> Html:
-    top = tag("tr", tag("td"), *(tag("th", n, scope="col") for n in names))
+def _head(e: Eval) -> Html:
+    direction = "higher" if e.higher_is_better else "lower"
+    return tag("th", e.id, scope="col", title=f"{e.metric}, {direction} is better, {e.n} items, role {e.role}")
+
+
+def _table(caption: str, heads: Sequence[Html], rows: Sequence[Html]) -> Html:
+    top = tag("tr", tag("td"), *heads)
     inside = tag("table", tag("caption", caption), tag("thead", top), tag("tbody", *rows), cls="heat")
     return tag("div", inside, cls="wide")

@@ -35,7 +35,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A line. band: (x, low, high) behind it. steady: a level without points, such as a baseline."""
+    """A line. band: (x, low, high) behind it. width: of the line, in CSS pixels."""
 
     points: Sequence[Point]
     look: Look
@@ -84,27 +84,25 @@ def chart(
     parts = [*_grid(frame), *_ticks(frame, ticks)]
     parts += [p for x, name in breaks for p in _break(frame, x, name)]
     parts += [_across(frame, y, tag("title", name), cls="level") for y, name in levels]
-    for c in curves:
-        parts += _curve(frame, c)
+    parts += [_curve(frame, c) for c in curves]
     box = f"0 0 {frame.width} {frame.height}"
     return tag("svg", *parts, viewBox=box, width=frame.width, height=frame.height, role="img", aria_label=label)
 
 
-def _curve(frame: Frame, c: Curve) -> list[Html]:
-    parts, colour = [], f"c{c.look.colour}"
+def _curve(frame: Frame, c: Curve) -> Html:
+    parts = []
     if c.band:
         there = [f"{frame.x(x)} {frame.y(high)}" for x, _, high in c.band]
         back = [f"{frame.x(x)} {frame.y(low)}" for x, low, _ in reversed(c.band)]
-        parts.append(tag("path", d=f"M{'L'.join(there + back)}Z", cls=f"band {colour}"))
+        parts.append(tag("path", d=f"M{'L'.join(there + back)}Z", cls="band"))
     if len(c.points) > 1:
         d = "M" + "L".join(f"{frame.x(p.x)} {frame.y(p.y)}" for p in c.points)
-        parts.append(tag("path", d=d, stroke_width=c.width, stroke_dasharray=DASHES[c.look.dash], cls=f"line {colour}"))
+        parts.append(tag("path", d=d, stroke_width=c.width, stroke_dasharray=DASHES[c.look.dash], cls="line"))
     for p in c.points:
         if p.title is not None:
-            size, kind = (4, f"own {colour}") if p.own else (2.5, colour)
-            where = {"cx": frame.x(p.x), "cy": frame.y(p.y), "r": size}
-            parts.append(tag("circle", tag("title", p.title), **where, cls=kind))
-    return parts
+            where = {"cx": frame.x(p.x), "cy": frame.y(p.y), "r": 4 if p.own else 2.5}
+            parts.append(tag("circle", tag("title", p.title), **where, cls="own" if p.own else None))
+    return tag("g", *parts, cls=f"c{c.look.colour}")
 
 
 def _grid(frame: Frame) -> list[Html]:
