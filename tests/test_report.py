@@ -65,6 +65,18 @@ def test_page_of_several_runs(runs, tmp_path):
         assert word in page.text, word
 
 
+def test_names_of_files_stay_text_everywhere(tmp_path):
+    run = make_run(tmp_path / "a<b>&'c", 0.5, items=10)
+    text = (run / "matrix.json").read_text()
+    assert text.count('"s1"') == 1
+    (run / "matrix.json").write_text(text.replace('"s1"', json.dumps(EVIL)))
+    page = read_page(report([run], tmp_path / "out"))
+    assert page.tags.count("script") == 1 and page.tags.count("b") == 0
+    assert f"s0 → {EVIL} → s2" in page.text and "Task matrix of a<b>&'c" in page.text
+    assert any(k == "title" and v.startswith(f"after {EVIL}, e0: ") for k, v in page.attributes)
+    assert r"\textless{}script\textgreater{}alert('1')" in (tmp_path / "out/matrix-a-b-c.tex").read_text()
+
+
 def test_every_picture_has_a_text_with_its_numbers(runs, tmp_path):
     page = read_page(report(runs, tmp_path))
     labels = [v for k, v in page.attributes if k == "aria-label"]

@@ -16,7 +16,7 @@ from jaxcl.report import report
 from jaxcl.report.config import config_differences, flatten
 from jaxcl.report.curves import learning, smoothed
 from jaxcl.report.figures import matrix_figure
-from jaxcl.report.heat import shades
+from jaxcl.report.heat import scales, shades
 from jaxcl.report.run_files import Logged
 from jaxcl.report.svg import Curve, Frame, Look, Point, chart, padded, round_ticks, span
 from jaxcl.report.table import comparison
@@ -68,24 +68,28 @@ def test_matrix_picture_shows_good_cells_in_other_colours(runs):
     from matplotlib.image import imread
 
     m = read_runs(runs[:1], intervals=False)[0].matrix
-    files = matrix_figure(m)
-    assert files == matrix_figure(m)
+    files, among = matrix_figure(m, scales([m])), scales([m])
+    assert files == matrix_figure(m, among)
     blank = m._replace(rows=np.full_like(m.rows, np.nan), row0=np.full_like(m.row0, np.nan))
 
     def colours(png):
         picture = imread(io.BytesIO(png))
         return len(np.unique((picture[..., :3].reshape(-1, 3) * 255).astype(int), axis=0))
 
-    assert colours(files["png"]) > colours(matrix_figure(blank)["png"]) + 5
+    assert colours(files["png"]) > colours(matrix_figure(blank, among)["png"]) + 5
     assert files["svg"].startswith(b"<?xml") and f">{m.rows[0, 0]:.3f}<".encode() in files["svg"]  # letters, no paths
 
 
 def test_shades_follow_the_range_or_the_values_found(runs):
     m = read_runs(runs[:1], intervals=False)[0].matrix
     values = np.array([[0.0, 0.5, 1.0], [0.25, np.nan, 0.75]])
-    np.testing.assert_allclose(shades(m, values), values)  # accuracies, 0 to 1
+    m = m._replace(row0=values[0], rows=values[1:])
+    np.testing.assert_allclose(shades(m, scales([m])), values)  # accuracies, 0 to 1
     loss = m._replace(evals=tuple(e._replace(higher_is_better=False, range=(0.0, np.inf)) for e in m.evals))
-    np.testing.assert_allclose(shades(loss, np.array([[2.0, 3.0, 4.0]])), [[1.0, 0.5, 0.0]])  # the lowest is the best
+    loss = loss._replace(row0=np.array([2.0, 3.0, 4.0]), rows=np.full((1, 3), 2.5))
+    other = loss._replace(row0=np.array([6.0, 3.0, 4.0]))
+    np.testing.assert_allclose(shades(loss, scales([loss]))[0], [1.0, 0.5, 0.0])  # the lowest is the best
+    np.testing.assert_allclose(shades(loss, scales([loss, other]))[0], [1.0, 0.75, 0.5])  # one scale for both runs
 
 
 def test_a_chart_puts_points_where_they_belong():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from report_runs import STAGES, make_stream_run
 
+from jaxcl.cli import main
 from jaxcl.errors import RequestError
 from jaxcl.report import report
 from jaxcl.report.config import repetitions
@@ -107,7 +108,7 @@ def test_repetitions_share_a_colour_and_differ_in_dashes(runs):
 def test_general_ability_stands_beside_the_tasks_as_change(runs):
     m = matrix(runs["replay-0"])
     change = m["rows"][:, 3:] - m["row0"][3:]
-    rows = re.findall(r"<tr><th[^>]*>after (\w+)</th>(.*?)</tr>", drift_matrix(read_runs([runs["replay-0"]])[0]))
+    rows = re.findall(r"<tr><th[^>]*>after (\w+)</th>(.*?)</tr>", drift_matrix(read_runs([runs["replay-0"]])[0], 1.0))
     shown = np.array([[float(x) for x in re.findall(r">([+-][\d.]+)</td>", cells)] for _, cells in rows])
     assert [name for name, _ in rows] == list(STAGES)
     np.testing.assert_allclose(shown, np.column_stack([change, change.mean(1)]), atol=6e-4)
@@ -118,7 +119,7 @@ def test_losses_of_general_ability_count_the_other_way_round(tmp_path):
     found = json.loads((path / "matrix.json").read_text())
     found["evals"][3] |= {"higher_is_better": False}
     (path / "matrix.json").write_text(json.dumps(found))
-    drawn = drift_matrix(read_runs([path], intervals=False)[0])
+    drawn = drift_matrix(read_runs([path], intervals=False)[0], 1.0)
     assert found["rows"][-1][3] < found["row0"][3] and "mean of general" not in drawn  # two directions, no mean
     assert f'change {found["row0"][3] - found["rows"][-1][3]:+.4g}' in drawn
 
@@ -146,3 +147,22 @@ def test_intervals_of_evals_that_are_no_mean_of_their_items(tmp_path):
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
     assert float(cell["value"]) == pytest.approx(value)
     assert [float(cell["low"]), float(cell["high"])] == pytest.approx([low, high], abs=0.03)
+
+
+def test_evals_of_different_scale_are_averaged_only_as_shares_of_their_ranges(tmp_path, capsys):
+    path = make_stream_run(tmp_path / "run")
+    found = json.loads((path / "matrix.json").read_text())
+    found["evals"][1] |= {"range": [0, 100]}
+    for row in (found["row0"], *found["rows"]):
+        row[1] = row[1] * 100
+    (path / "matrix.json").write_text(json.dumps(found))
+    aa = {}
+    for name, flags in (("plain", []), ("shares", ["--one-scale"])):
+        assert main(["report", str(path), "--out", str(tmp_path / name), *flags]) == 0
+        aa[name] = {r["metric"]: r for r in csv.DictReader((tmp_path / name / "metrics.csv").open())}["aa"]
+        page = (tmp_path / name / "report.html").read_text()
+        assert f">{found['rows'][-1][1]:.1f}</td>" in page  # the matrix stays as measured
+        assert ("No averages: evals of different scale" in page) == (name == "plain")
+    last = found["rows"][-1]
+    assert aa["plain"]["value"] == ""
+    assert float(aa["shares"]["value"]) == pytest.approx((last[0] + last[1] / 100 + last[2]) / 3)

@@ -101,7 +101,8 @@ def _interval(m: dict[str, Any]) -> str | None:
 @click.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--out", metavar="DIR", required=True, help="Folder for the page, the tables and the pictures.")
-def report(runs: tuple[str, ...], out: str) -> None:
+@click.option("--one-scale", is_flag=True, help="Metrics of scores as shares of their evals' ranges.")
+def report(runs: tuple[str, ...], out: str, one_scale: bool) -> None:
     """One page of one run, or of several side by side.
 
     Writes report.html, which needs no network, the numbers as CSV and LaTeX, the matrices as PNG and SVG.
@@ -113,7 +114,7 @@ def report(runs: tuple[str, ...], out: str) -> None:
     """
     from jaxcl.report import report as write_report
 
-    click.echo(f"report: {write_report([Path(r) for r in runs], Path(out))}")
+    click.echo(f"report: {write_report([Path(r) for r in runs], Path(out), one_scale=one_scale)}")
 
 
 COMMANDS = (score, report)

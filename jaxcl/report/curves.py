@@ -145,8 +145,8 @@ def drift(runs: Sequence[Run]) -> Html:
         return Html("")
     first = there[0].matrix
     of: dict[str, Callable[..., Values]] = {}
-    for role in role_means(first):
-        of[f"mean of {role}"] = lambda r, role=role: role_means(r.matrix)[role]
+    for role in role_means(there[0]):
+        of[f"mean of {role}"] = lambda r, role=role: role_means(r).get(role, ())
     for e in (first.evals[i] for i in beside_columns(first)):
         of[f"{e.id} ({e.role}, {e.metric})"] = lambda r, e=e: changes(r.matrix)[:, _column(r, e.id)]
     panels, ticks = [], stage_ticks(there)

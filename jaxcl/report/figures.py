@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from jaxcl.metrics.matrix_file import Matrix
-from jaxcl.report.heat import cells, row_names, shades, short
+from jaxcl.report.heat import Scales, cells, row_names, shades, short
 from jaxcl.report.svg import Look
 
 _INK, _FAINT, _OWN = "#1c2126", "#b9c0c8", "#d1495b"
 # the light colours of style.css: Okabe and Ito, told apart by colour-blind readers
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07c00", "#3a9bd9", "#7b5ea7", "#6b6b6b")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07c00", "#7b5ea7", "#3a9bd9", "#6b6b6b")
 _DASHES = ("-", "--", ":", "-.")
 FORMATS = ("png", "svg")
 
 
-def matrix_figure(m: Matrix) -> dict[str, bytes]:
+def matrix_figure(m: Matrix, among: Scales) -> dict[str, bytes]:
     """{format: file} of the whole matrix with row 0 on top, coloured as on the page; the cell of each eval's own stage
     is outlined, an unmeasured cell stays empty."""
     from matplotlib import colormaps
@@ -28,7 +28,7 @@ def matrix_figure(m: Matrix) -> dict[str, bytes]:
     values = cells(m)
     height, width = values.shape
     figure, axes = _axes(1.6 + 0.95 * width, 0.9 + 0.48 * height)
-    painted = colormaps["Blues"](0.04 + 0.86 * np.nan_to_num(shades(m, values)))
+    painted = colormaps["Blues"](0.04 + 0.86 * np.nan_to_num(shades(m, among)))
     painted[np.isnan(values)] = 1.0
     edges = [np.arange(n + 1) - 0.5 for n in (width, height)]
     axes.pcolormesh(*edges, painted, edgecolors="white", linewidth=2.5)

@@ -25,16 +25,27 @@ def cells(m: Matrix) -> np.ndarray:
     return np.vstack([m.row0[None], m.rows])
 
 
-def shades(m: Matrix, values: np.ndarray) -> np.ndarray:
-    """f64[rows, evals] in 0..1, 1 is good: the position in the eval's range where that has both ends, else among the
-    values of all evals of its scale, so that colours can be compared across the table. NaN where unmeasured."""
-    out = np.full_like(values, np.nan)
+Scales = dict[tuple, tuple[float, float]]
+"""{metric, direction and range of an eval: the values of the palest and of the deepest colour}."""
+
+
+def scales(matrices: Sequence[Matrix]) -> Scales:
+    """The ends of every eval's range, or where it lacks one the values found in all matrices: so that colours can be
+    compared across columns and runs."""
+    found: dict[tuple, list[float]] = {}
+    for m in matrices:
+        for i, e in enumerate(m.evals):
+            found.setdefault(e[1:4], []).extend(v for v in cells(m)[:, i] if not math.isnan(v))
+    return {k: k[2] if all(map(math.isfinite, k[2])) else (min(v), max(v)) for k, v in found.items() if v}
+
+
+def shades(m: Matrix, among: Scales) -> np.ndarray:
+    """f64[1 + rows, evals] in 0..1: where each cell stands between the ends of its scale, 1 is good. NaN: not measured.
+    """
+    out = cells(m)
     for i, e in enumerate(m.evals):
-        alike = values[:, [k for k, other in enumerate(m.evals) if other[1:4] == e[1:4]]]
-        if np.isnan(alike).all():
-            continue
-        lo, hi = e.range if all(map(math.isfinite, e.range)) else (float(np.nanmin(alike)), float(np.nanmax(alike)))
-        out[:, i] = (values[:, i] - lo) / (hi - lo) if hi > lo else 0.5
+        lo, hi = among.get(e[1:4], (0.0, 1.0))
+        out[:, i] = (out[:, i] - lo) / (hi - lo) if hi > lo else out[:, i] * 0 + 0.5
         out[:, i] = out[:, i] if e.higher_is_better else 1 - out[:, i]
     return np.clip(out, 0, 1)
 
@@ -58,10 +69,10 @@ def measured(r: Run, row: int, column: int) -> str:
     return f"{value:.6g}" + ("" if math.isnan(lo) else f" (95% interval {lo:.4g} to {hi:.4g})")
 
 
-def task_matrix(r: Run) -> Html:
+def task_matrix(r: Run, among: Scales) -> Html:
     """The matrix of what the stages teach; each eval's own stage is outlined."""
     m, columns = r.matrix, task_columns(r.matrix)
-    values, shade = cells(m), shades(m, cells(m))
+    values, shade = cells(m), shades(m, among)
     rows = []
     for t, name in enumerate(row_names(m)):
         inside = []
@@ -73,15 +84,20 @@ def task_matrix(r: Run) -> Html:
     return _table(f"Task matrix of {r.name}{state}", [_head(m.evals[i]) for i in columns], rows)
 
 
-def drift_matrix(r: Run) -> Html:
+def largest_change(matrices: Sequence[Matrix]) -> float:
+    """The size of the largest change beside the tasks: the deepest colour of `drift_matrix`."""
+    found = [np.abs(changes(m)[:, beside_columns(m)]).ravel() for m in matrices]
+    return float(np.nanmax(np.concatenate([*found, [0.0]]))) or 1.0
+
+
+def drift_matrix(r: Run, largest: float) -> Html:
     """Evals that no stage teaches: row 0 as measured, then what each stage changed since (positive: better), and the
     mean over those of a role."""
     m, columns = r.matrix, beside_columns(r.matrix)
     if not columns:
         return Html("")
     values, deltas = cells(m), changes(m)
-    means = role_means(m)
-    largest = float(np.nanmax(np.abs(deltas[:, columns]), initial=0.0)) or 1.0
+    means = role_means(r)
     rows = []
     for t, name in enumerate(row_names(m)):
         inside = []
@@ -94,7 +110,7 @@ def drift_matrix(r: Run) -> Html:
             title = f"{name}: mean change of {role} {mean[t]:+.4g}"
             inside.append(tag("td") if t == 0 else _change(mean[t], largest, title))
         rows.append(tag("tr", tag("th", name, scope="row"), *inside))
-    heads = [_head(m.evals[i]) for i in columns] + [tag("th", f"mean of {role}", scope="col") for role in means]
+    heads = [_head(m.evals[i]) for i in columns] + [_mean_head(r, role) for role in means]
     return _table(f"Change beside the tasks of {r.name}", heads, rows)
 
 
@@ -109,15 +125,20 @@ def changes(m: Matrix) -> np.ndarray:
     return (cells(m) - m.row0) * sign
 
 
-def role_means(m: Matrix) -> dict[str, np.ndarray]:
-    """{role: f64[1 + rows]}: mean change over the evals of a role, where there are two of one scale."""
-    out = {}
-    for role in dict.fromkeys(m.evals[i].role for i in beside_columns(m)):
-        columns = [i for i in beside_columns(m) if m.evals[i].role == role]
-        scales = {(m.evals[i].higher_is_better, m.evals[i].range) for i in columns}
-        if len(columns) > 1 and len(scales) == 1:
-            out[role] = changes(m)[:, columns].mean(1)
+def role_means(r: Run) -> dict[str, np.ndarray]:
+    """{role: f64[1 + rows]}: the mean change over a role's evals as the score has it, where it averages two or more."""
+    found, out = r.score["drift"], {}
+    for role, steps in found["per_stage"].items():
+        evals = sum(e["role"] == role for e in found["evals"].values())
+        if role != "task" and evals - len(found["mean_delta"][role].get("left_out", ())) > 1:
+            out[role] = np.array([0.0, *(math.nan if v is None else v for v in steps)])
     return out
+
+
+def _mean_head(r: Run, role: str) -> Html:
+    left_out = r.score["drift"]["mean_delta"][role].get("left_out", ())
+    title = f"without the losses {', '.join(left_out)}" if left_out else None
+    return tag("th", f"mean of {role}", scope="col", title=title)
 
 
 def _change(delta: float, largest: float, title: str) -> Html:

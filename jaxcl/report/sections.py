@@ -10,7 +10,7 @@ from typing import Any
 from jaxcl.metrics.bootstrap import differences
 from jaxcl.report.config import config_differences, flatten, seed_of
 from jaxcl.report.exports import groups, headlines
-from jaxcl.report.heat import drift_matrix, task_matrix
+from jaxcl.report.heat import drift_matrix, largest_change, scales, task_matrix
 from jaxcl.report.html import DASH, Html, cell, details, esc, note, number, section, table, tag
 from jaxcl.report.run_files import Run
 from jaxcl.report.together import same_order
@@ -50,6 +50,10 @@ def summary(runs: Sequence[Run]) -> Html:
     for r in runs:
         if reason := r.score.get("intervals", {}).get("reason"):
             parts.append(note(f"{r.name}: no intervals, {reason}."))
+    if scale := next((r.score["scale"] for r in runs if "scale" in r.score), None):
+        parts.append(note(f"Metrics: {scale}."))
+    for reason in sorted({m.get("reason", "") for r in runs for m in [r.metric("aa")]}):
+        parts += [note(f"No averages: {reason}.")] if reason.startswith("evals of different scale") else []
     if any(r.score.get("sign", "").startswith("losses") for r in runs):
         parts.append(note("Scores are losses, negated first, so that higher is better."))
     return section("Summary", *parts, anchor="summary")
@@ -120,10 +124,11 @@ def _difference(a: Run, b: Run, metric: str, interval: tuple[float, float] | Non
 def matrices(runs: Sequence[Run]) -> Html:
     """Heat maps: every run's task matrix, and beside it what its general ability and probes changed."""
     there = [r for r in runs if r.measured]
-    pairs = [tag("div", task_matrix(r), drift_matrix(r), cls="beside") for r in there]
+    among, largest = scales([r.matrix for r in there]), largest_change([r.matrix for r in there])
+    pairs = [tag("div", task_matrix(r, among), drift_matrix(r, largest), cls="beside") for r in there]
     text = (
         "Rows: the model before training and after each stage. Columns: test sets. Outlined: the column's own stage. "
-        "The deeper the colour, the better. Rest on a cell for its interval and number of items."
+        "The deeper the colour, the better. Rest on a cell for its interval, on a name for metric and number of items."
     )
     inside = tag("div", *pairs, cls="matrices")
     return section("Matrices", note(text), inside, anchor="matrices") if there else Html("")

@@ -10,17 +10,18 @@ import numpy as np
 
 from jaxcl.errors import RequestError
 from jaxcl.metrics.matrix_file import Matrix
+from jaxcl.metrics.score import one_scale as on_one_scale
 from jaxcl.metrics.score import score_matrix
 from jaxcl.report.run_files import Run, distinct_names, read_run
 
 
-def read_runs(paths: Sequence[Path], *, intervals: bool = True) -> list[Run]:
+def read_runs(paths: Sequence[Path], *, intervals: bool = True, one_scale: bool = False) -> list[Run]:
     """The runs, in order, with names that differ. Raises RequestError on what is absent, malformed or unlike.
 
     One stream: the same stages with the same evals, in any order. A run of one of these stages alone is welcome: its
     score is the ``single`` baseline of the evals that the stage teaches. A finished joint run is the ``joint`` baseline
     of runs in the same order: its score on each eval right after the stage that teaches it. Several of a kind (seeds)
-    are averaged. A baseline in a run's own matrix.json stays as it is.
+    are averaged. A baseline in a run's own matrix.json stays as it is. one_scale: metrics of shares of the ranges.
     """
     runs = [read_run(path, name) for path, name in zip(paths, distinct_names(paths))]
     measured = [r for r in runs if r.measured]
@@ -28,7 +29,8 @@ def read_runs(paths: Sequence[Path], *, intervals: bool = True) -> list[Run]:
         stream = max(measured, key=lambda r: len(r.matrix.stages))  # the first of the longest
         runs = [r._replace(alone=_place(stream, r)) if r.measured else r for r in runs]
     single = _single(runs)
-    return [_scored(r, runs, single, intervals) if r.measured else r for r in runs]
+    lent = [r._replace(matrix=_lent(r, runs, single)) if r.measured else r for r in runs]
+    return [r._replace(score=_score(r, intervals, one_scale)) if r.measured else r for r in lent]
 
 
 def _place(stream: Run, r: Run) -> str | None:
@@ -93,15 +95,21 @@ def _single(runs: Sequence[Run]) -> dict[str, float]:
     return _mean([_own_scores(r) for r in alone])
 
 
-def _scored(r: Run, runs: Sequence[Run], single: dict[str, float], intervals: bool) -> Run:
+def _lent(r: Run, runs: Sequence[Run], single: dict[str, float]) -> Matrix:
+    """The run's matrix with the baselines that the others lend it."""
     lent: dict[str, Any] = {}
     joint = _mean([_own_scores(o) for o in runs if _lends_joint(o, r)])
     for name, found in (("single", single if r.alone is None else {}), ("joint", joint)):
         row = np.array([found.get(e.id, np.nan) for e in r.matrix.evals])
         if getattr(r.matrix, name) is None and not np.isnan(row).all():
             lent[name] = row
-    matrix = r.matrix._replace(**lent)
-    return r._replace(matrix=matrix, score=score_matrix(matrix, r.path if intervals else None))
+    return r.matrix._replace(**lent)
+
+
+def _score(r: Run, intervals: bool, one_scale: bool) -> dict[str, Any]:
+    if one_scale:
+        return score_matrix(on_one_scale(r.matrix)) | {"scale": "scores as shares of their evals' ranges"}
+    return score_matrix(r.matrix, r.path if intervals else None)
 
 
 def _lends_joint(giver: Run, taker: Run) -> bool:

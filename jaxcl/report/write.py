@@ -11,24 +11,28 @@ from jaxcl.errors import RequestError
 from jaxcl.report import curves, exports, sections
 from jaxcl.report.bounds import with_bounds
 from jaxcl.report.figures import curves_figure, matrix_figure
+from jaxcl.report.heat import scales
 from jaxcl.report.html import Html, page, tag
 from jaxcl.report.run_files import Run
 from jaxcl.report.together import read_runs
 
 
-def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+def report(
+    runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, one_scale: bool = False
+) -> Path:
     """Writes report.html, metrics.csv, matrix.csv, groups.csv (where runs repeat each other), metrics.tex, and of each
     run matrix-<run>.tex, .png and .svg, of all together averages.png and .svg; returns the page.
 
-    Unfinished runs are reported as partial. Raises RequestError when a run is absent or malformed, when the runs do not
-    belong to one stream, and when the files cannot be written.
+    one_scale: metrics are computed of scores as shares of their evals' ranges, then without intervals; the matrices
+    stay as measured. Unfinished runs are reported as partial. Raises RequestError when a run is absent or malformed,
+    when the runs do not belong to one stream, and when the files cannot be written.
     """
     if not runs:
         raise RequestError("no runs; accepted: at least one run directory")
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise RequestError(f"--out {out} is a file; accepted: a directory")
-    read = with_bounds(read_runs([Path(r) for r in runs]))
+    read = with_bounds(read_runs([Path(r) for r in runs], one_scale=one_scale))
     files = {name: text.encode("utf-8") for name, text in _texts(read).items()} | _pictures(read)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -52,7 +56,8 @@ def _texts(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _pictures(runs: Sequence[Run]) -> dict[str, bytes]:
-    drawn = {f"matrix-{_file(r)}": matrix_figure(r.matrix) for r in runs if r.measured}
+    among = scales([r.matrix for r in runs if r.measured])
+    drawn = {f"matrix-{_file(r)}": matrix_figure(r.matrix, among) for r in runs if r.measured}
     series = {r.name: [v for v in r.score["series"].get("aa", []) if v is not None] for r in runs if r.whole}
     if max(map(len, series.values()), default=0) > 1:
         look = curves.looks(runs)
