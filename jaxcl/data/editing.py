@@ -67,9 +67,15 @@ def asked(records: Sequence[dict[str, Any]], about: str) -> list[Asked]:
 
 
 def edit_source(
-    name: str, records: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, window: int | None = None
+    name: str,
+    records: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    window: int | None = None,
+    targets: int | None = None,
 ) -> Rows:
-    """Edits as training rows, one edit a row. window: tokens of a row, default those of the longest.
+    """Edits as training rows, one edit a row. window: tokens of a row, default those of the longest. targets: tokens of
+    an answer, default the longest one's; stages of one stream share it.
 
     RequestError: no records, an id twice, an edit that is longer than the window.
     """
@@ -79,7 +85,7 @@ def edit_source(
     for record, length in zip(records, lengths):
         if length > size:
             raise RequestError(f"edit {record['id']!r} has {length} tokens; accepted: up to {size} (window)")
-    k = max((len(answer) for _, answer in pairs), default=0)
+    k = max((len(answer) for _, answer in pairs), default=0) if targets is None else targets
 
     def encode_row(i: int) -> dict[str, Any]:
         prompt, answer = pairs[i]

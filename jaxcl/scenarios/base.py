@@ -12,7 +12,7 @@ from jaxcl.errors import RequestError, unknown
 
 if TYPE_CHECKING:
     from jaxcl.core.experiment import Experiment
-    from jaxcl.core.types import Budget
+    from jaxcl.core.types import Budget, Model, Params
     from jaxcl.data.stage import Stage
     from jaxcl.evaluate.base import Eval
     from jaxcl.models.tokenizer import Tokenizer
@@ -104,13 +104,15 @@ class Settings:
 @dataclasses.dataclass(frozen=True)
 class Scenario:
     """A stream that was read. keeps: the most that a method may hold of past stages. notes: what a reader of the
-    results should know (leaks that were allowed, how data was cut), JSON."""
+    results should know (leaks that were allowed, how data was cut), JSON. against: where evals compare with the model
+    before training, they are made by against(model, params)."""
 
     info: StreamInfo
     stages: Sequence[Stage]
     evals: Sequence[Eval]
     keeps: Budget
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    against: Callable[[Model, Params], Sequence[Eval]] = lambda model, params: ()
 
     def experiment(self, **fields: Any) -> Experiment:
         """An `Experiment` on this stream; ``fields`` are its other ones. What a method may hold is limited by ``keeps``
@@ -119,6 +121,7 @@ class Scenario:
         from jaxcl.core.til import til
 
         source = {**fields.pop("source", {}), "stream": self.info.name, "notes": dict(self.notes)}
-        evals = [*self.evals, *fields.pop("evals", ())]
+        before = self.against(fields["model"], fields["params"])
+        evals = [*self.evals, *before, *fields.pop("evals", ())]
         made = Experiment(**{"keeps": self.keeps, **fields}, stages=self.stages, evals=evals, source=source)
         return til(made) if self.info.regime == "TIL" else made
