@@ -57,7 +57,8 @@ class Measurements:
             self.reporter.start(f"{label}: {e.id}", e.n)
             items = e.run(self.view, self.reporter.counter(self.stop.check))
             self.reporter.stop()
-            self.dir.write_predictions(e.id, row, items)
+            if items:  # an eval may have nothing to ask at this stage: its cell is null, without a file
+                self.dir.write_predictions(e.id, row, items)
             values.append(pooled(items, e.pool))
         self.dir.measured(row, {e.id: v for e, v in zip(self.exp.evals, values, strict=True)})
         shown = "  ".join(f"{e.id} {v:.4f}" for e, v in zip(self.exp.evals, values, strict=True) if v is not None)

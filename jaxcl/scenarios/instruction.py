@@ -100,7 +100,7 @@ def _t0(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settings:
 @dataclasses.dataclass(frozen=True)
 class _Asked:
     """Rows to learn and to answer. metrics(eval) -> names, the first is the task's number. probes: {role: {eval:
-    rows}}. stop: {eval: strings that end its answers}. continued: stages whose input's end counts, not its beginning."""
+    rows}}. stop: {eval: strings that end its answers}. continued: stages whose input's end counts most."""
 
     train: Rows
     tests: Rows
