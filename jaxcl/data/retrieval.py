@@ -1,7 +1,7 @@
 """A corpus in slices: documents to learn by their ids, and queries to find them. Card refine-align/retrieval-lifelong.
 
-Cranfield: ``retrieval/cranfield/{docs,queries}.jsonl.gz`` in the data directory, rows of the ``retrieval`` schema. As in
-DSI++ (Mehta et al. 2022, arXiv 2212.09744) a stage indexes a slice by mapping each document's text to its id.
+Cranfield: ``retrieval/cranfield/{docs,queries}.jsonl.gz`` in the data directory, rows of the ``retrieval`` schema. As
+in DSI++ (Mehta et al. 2022, arXiv 2212.09744) a stage indexes a slice by mapping each document's text to its id.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def sliced(docs: Sequence[Row], names: Sequence[str], by: str = "id") -> dict[st
 
 
 def asked_of(slices: Mapping[str, Sequence[Row]], queries: Sequence[Row]) -> tuple[dict[str, list[Row]], list[str]]:
-    """({slice: its queries}, ids of relevant documents that are not there). ``slices`` are in the order they are learned.
+    """({slice: its queries}, ids of relevant documents that are not there). ``slices``: in the order they are learned.
 
     A query belongs to the latest slice that holds one of its relevant documents: from then on all of them can be found
     (CorpusBrain++, arXiv 2402.16767, for queries with several sources). Relevant documents that no slice holds are

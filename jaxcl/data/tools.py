@@ -1,7 +1,7 @@
 """Dialogues with tools as rows: what comes next is a call of a tool or plain text. Card refine-align/tool-lifelong.
 
-Glaive: ``tool_use/glaive_toolcall/{train,test}.jsonl.gz``; ToolAlpaca: ``tool_use/toolalpaca/eval_simulated.jsonl.gz``.
-A call is written as JSON, ``{"name": ..., "arguments": {...}}``. The grouping is our own: no continual benchmark exists.
+Glaive: ``tool_use/glaive_toolcall/{train,test}``; ToolAlpaca: ``tool_use/toolalpaca/eval_simulated`` (``.jsonl.gz``).
+A call is written as JSON, ``{"name": ..., "arguments": {...}}``. The groups are our own: no continual benchmark exists.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Step t is a stage: its queries Q_t are its rows and its eval ``queries/<t>``, which is asked before the stage (what
 the model gets wrong is E_t) and after it (what was fixed). ``ukr``, ``okr``, ``kg`` are the benchmark's held-out sets.
-`jaxcl.scenarios.refinement_log.steps_of` reads the benchmark's numbers off a finished run.
+`jaxcl.scenarios.refinement_log.refined` reads the benchmark's numbers off a finished run.
 """
 
 from __future__ import annotations

@@ -1,52 +1,30 @@
-"""CMR's numbers of a finished run: its steps, read off the matrix and the predictions. Nothing here imports jax."""
+"""CMR's numbers of a run of a stream ``refinement/...``. Nothing here imports jax."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxcl.errors import RequestError
-from jaxcl.metrics.cmr import HELD_OUT, Step
-from jaxcl.metrics.matrix_file import Eval, Matrix, read_matrix
-from jaxcl.metrics.predictions import read_items
-
-QUERIES = "queries/"
+from jaxcl.errors import unknown
+from jaxcl.metrics.cmr_run import Refined, steps_of
+from jaxcl.metrics.matrix_file import read_matrix
 
 
-def steps_of(run: Path) -> tuple[list[Step], dict[str, float]]:
-    """(a `Step` for every stage, what the model after the last repair knows) of a run directory of a stream
-    ``refinement/...``; both go into `jaxcl.metrics.cmr.refinement`.
+def refined(run: Path) -> Refined:
+    """The steps of a run directory and what its last model knows; both go into `jaxcl.metrics.cmr.refinement`.
 
-    RequestError: another stream's run, one without row 0 (the errors of the first step are unknown), damaged files.
+    Errors, repairs, UKR and KG are read off predictions (`jaxcl.metrics.cmr_run.steps_of`), OKR off the matrix: the
+    stream asks only a sample of the past submissions. RequestError: another stream's run, or what `steps_of` refuses.
     """
-    matrix = read_matrix(run / "matrix.json")
-    by_id = {e.id: e for e in matrix.evals}
-    absent = [name for name in HELD_OUT if name not in by_id]
-    if absent or not any(e.id.startswith(QUERIES) for e in matrix.evals):
-        raise RequestError(f"{run}: no eval {(absent or [QUERIES])[0]!r}; accepted: a run of a stream refinement/...")
-    if np.isnan(matrix.row0).all():
-        raise RequestError(f"{run}: no row 0, so nothing says what the first step got wrong; accepted: row0=True")
-    known = {name: _column(matrix, name) for name in HELD_OUT}
-    done = len(matrix.rows)
-    steps = [
-        Step(*_repaired(run, by_id[QUERIES + stage.name], t), *(known[name][t] for name in HELD_OUT))
-        for t, stage in enumerate(matrix.stages[:done])
-    ]
-    return steps, {name: value for name in HELD_OUT if (value := known[name][done]) is not None}
-
-
-def _repaired(run: Path, e: Eval, t: int) -> tuple[int, int, int]:
-    """(queries, errors before the step, errors that are right after it)."""
-    items = read_items(run, e, t + 2)
-    if items is None or np.isnan(items.parts[t : t + 2]).any():
-        raise RequestError(f"{run}: no predictions of {e.id!r} before and after its step")
-    before, after = items.parts[t : t + 2, :, 0]
-    wrong = before == 0
-    return len(items.ids), int(wrong.sum()), int((wrong & (after == 1)).sum())
-
-
-def _column(matrix: Matrix, name: str) -> Sequence[float | None]:
-    at = [e.id for e in matrix.evals].index(name)
-    return [None if np.isnan(row[at]) else float(row[at]) for row in (matrix.row0, *matrix.rows)]
+    matrix = read_matrix(run)
+    ids = [e.id for e in matrix.evals]
+    for name in ("ukr", "okr", "kg"):
+        if name not in ids:
+            raise unknown("eval", name, ids, where=f"{run}, which is no run of a stream refinement/...")
+    found = steps_of(run, upstream="ukr", ood=["kg"])
+    column = [row[ids.index("okr")] for row in (matrix.row0, *matrix.rows)]
+    okr = [None if np.isnan(value) else float(value) for value in column]
+    steps = [step._replace(okr=okr[t]) for t, step in enumerate(found.steps)]
+    after = {name: value for name, value in (found.after | {"okr": okr[-1]}).items() if value is not None}
+    return Refined(steps, after)
