@@ -37,7 +37,7 @@ class _Edits(NamedTuple):
 
 
 _EDITS = {
-    "zsre": _Edits("zsre", "match", "train", "ZsRE's questions with new answers", ("github.com/zjunlp/EasyEdit",)),
+    "zsre": _Edits("zsre", "match", "train", "ZsRE's questions with new answers", ("github:zjunlp/EasyEdit",)),
     "counterfact": _Edits(
         "counterfact", "match", "dev", "CounterFact's facts with false answers", ("hf:NeelNanda/counterfact-tracing",)
     ),
@@ -47,7 +47,7 @@ _EDITS = {
     ),
     "temporal": _Edits(
         "temporal_ood", "match", "", "descriptions of things that changed; asked again after a long natural text",
-        ("github.com/zjunlp/EasyEdit",),
+        ("github:zjunlp/EasyEdit",),
     ),
 }  # fmt: skip
 

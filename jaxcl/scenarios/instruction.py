@@ -173,8 +173,15 @@ def _continued(
 def _info(name: str, stages: Sequence[str], metric: str, card: str, doc: str, build: Any, **more: Any) -> StreamInfo:
     return StreamInfo(
         name=name, scenario="instruction tuning", stages=tuple(stages), metric=metric, regime="DIL", card=card, doc=doc,
-        build=build, **more,
+        build=build, texts=_texts, **more,
     )  # fmt: skip
+
+
+def _texts(info: StreamInfo, stage: str, settings: Settings) -> list[str]:
+    from jaxcl.data import instruction
+
+    read = {"superni": instruction.superni, "trace": instruction.trace, "t0": instruction.t0}
+    return [instruction.question(row) for row in read[info.name.partition("/")[0]](stage, "train", settings.data_dir)]
 
 
 _SUPERNI = "every task's test set after each stage, and six unseen tasks as probes; at least three orders or seeds"
@@ -185,7 +192,7 @@ STREAMS = (
             "ROUGE-L F1 (stemmed); exact match beside", "cft/sapt",
             f"15 Super-NaturalInstructions tasks in SAPT's {order.replace('_', ' ')}", _superni,
             unit="one task: definition and input", keeps="10% of all rows (option keep)", protocol=_SUPERNI,
-            public=("hf:Muennighoff/natural-instructions", "github.com/circle-hit/SAPT"), data=("superni",),
+            public=("hf:Muennighoff/natural-instructions", "github:circle-hit/SAPT"), data=("superni",),
         )
         for order, numbers in _ORDERS.items()
     ),
@@ -195,7 +202,7 @@ STREAMS = (
         _trace, unit="one task", keeps="10% of all rows (option keep)",
         protocol="every task after each stage; instruction following (Self-Instruct, LIMA) beside, general ability by "
         "the suite",
-        public=("github.com/BeyonderXX/TRACE", "hf:GAIR/lima"), data=("trace", "self_instruct"),
+        public=("github:BeyonderXX/TRACE", "hf:GAIR/lima"), data=("trace", "self_instruct"),
     ),
     _info(
         "t0", _T0, "ROUGE-L F1 (stemmed)", "cft/ct0",
