@@ -13,6 +13,7 @@ from rich.console import Console
 from samples import make_run
 
 from jaxcl.report import report
+from jaxcl.report.bounds import with_bounds
 from jaxcl.report.config import config_differences, flatten
 from jaxcl.report.curves import learning, smoothed
 from jaxcl.report.figures import matrix_figure
@@ -21,6 +22,7 @@ from jaxcl.report.run_files import Logged
 from jaxcl.report.svg import Curve, Frame, Look, Point, chart, padded, round_ticks, span
 from jaxcl.report.table import comparison
 from jaxcl.report.together import read_runs
+from jaxcl.report.write import render
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,15 @@ def test_the_table_says_when_scores_are_negated_losses(runs, tmp_path):
     (lossy / "matrix.json").write_text(json.dumps(matrix))
     (lossy / "config.json").write_text((runs[0] / "config.json").read_text())
     assert "negated" in comparison([lossy]).caption
+
+
+def test_a_page_of_ten_runs_of_fifteen_stages_stays_small(tmp_path):
+    stages = tuple(f"a-task-of-the-stream-{i}" for i in range(15))
+    path = make_stream_run(tmp_path / "run", stages=stages, general=("g0", "g1", "g2", "g3"), items=8, steps=200)
+    config = json.loads((path / "config.json").read_text())
+    config["config"] |= {f"some_value_{i}": i / 7 for i in range(60)}
+    (path / "config.json").write_text(json.dumps(config))
+    (run,) = with_bounds(read_runs([path]))
+    runs = [run._replace(name=f"replay-of-seed-{k}", config=config | {"seed": k}) for k in range(10)]
+    page = render(runs)
+    assert page.count('class="heat"') == 20 and len(page.encode()) < 1.5e6

@@ -16,7 +16,7 @@ from jaxcl.errors import RequestError
 from jaxcl.report import report
 from jaxcl.report.config import repetitions
 from jaxcl.report.curves import looks
-from jaxcl.report.heat import drift_matrix
+from jaxcl.report.heat import drift_matrix, scales, task_matrix
 from jaxcl.report.together import read_runs
 
 ORDERS = [("alpha", "beta", "gamma"), ("alpha", "beta", "gamma"), ("gamma", "alpha", "beta")]
@@ -114,6 +114,15 @@ def test_general_ability_stands_beside_the_tasks_as_change(runs):
     np.testing.assert_allclose(shown, np.column_stack([change, change.mean(1)]), atol=6e-4)
 
 
+def test_columns_follow_the_order_of_the_run(runs):
+    read = read_runs([runs["replay-2"]], intervals=False)
+    drawn = task_matrix(read[0], scales([read[0].matrix]))
+    assert re.findall(r'<th scope="col"[^>]*>(\w+)</th>', drawn) == list(ORDERS[2])
+    m, order = matrix(runs["replay-2"]), [STAGES.index(t) for t in ORDERS[2]]
+    shown = [float(x) for x in re.findall(r'<td class="h v\d+ own"[^>]*>([\d.]+)</td>', drawn)]
+    np.testing.assert_allclose(shown, [m["rows"][t, i] for t, i in enumerate(order)], atol=6e-4)  # the diagonal
+
+
 def test_losses_of_general_ability_count_the_other_way_round(tmp_path):
     path = make_stream_run(tmp_path / "run", general=("g", "h"))
     found = json.loads((path / "matrix.json").read_text())
@@ -166,3 +175,15 @@ def test_evals_of_different_scale_are_averaged_only_as_shares_of_their_ranges(tm
     last = found["rows"][-1]
     assert aa["plain"]["value"] == ""
     assert float(aa["shares"]["value"]) == pytest.approx((last[0] + last[1] / 100 + last[2]) / 3)
+
+
+def test_a_run_that_was_only_evaluated_shows_its_scores_and_intervals(tmp_path):
+    path = make_stream_run(tmp_path / "run", done=0, general=("g", "h"))
+    (path / "metrics.json").write_text(json.dumps({"accounting": {"seconds": [], "steps": 0}}))
+    page = report([path], tmp_path / "out").read_text()
+    assert "measured before training only" in page and "partial:" not in page
+    rows = re.findall(r'<tr><th scope="row">(\w)\w*</th><td>accuracy, higher is better</td>(.*?)</tr>', page)
+    shown = {name: [float(x) for x in re.findall(r'data-v="([\d.]+)"', cells)] for name, cells in rows}
+    assert shown == {n[0]: [40.0, v] for n, v in zip((*STAGES, "g", "h"), matrix(path)["row0"])}
+    assert all(re.search(r">0\.\d{3} to 0\.\d{3}<", cells) for _, cells in rows)
+    assert 'id="metrics"' not in page and 'id="drift"' not in page  # nothing has changed yet

@@ -141,7 +141,7 @@ def _shared(runs: Sequence[Run], eval_id: str) -> tuple[float, float]:
 def drift(runs: Sequence[Run]) -> Html:
     """Evals that no stage teaches, as change since row 0, positive for better: their mean first, then each."""
     there, look = [r for r in runs if r.whole], looks(runs)
-    if not there or not beside_columns(there[0].matrix):
+    if not any(len(r.matrix.rows) for r in there) or not beside_columns(there[0].matrix):
         return Html("")
     first = there[0].matrix
     of: dict[str, Callable[..., Values]] = {}

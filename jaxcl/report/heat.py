@@ -70,8 +70,9 @@ def measured(r: Run, row: int, column: int) -> str:
 
 
 def task_matrix(r: Run, among: Scales) -> Html:
-    """The matrix of what the stages teach; each eval's own stage is outlined."""
-    m, columns = r.matrix, task_columns(r.matrix)
+    """The matrix of what the stages teach, columns in the run's order of stages; each eval's own stage is outlined."""
+    m = r.matrix
+    columns = sorted(task_columns(m), key=lambda i: m.learned(m.evals[i].id) or 0)
     values, shade = cells(m), shades(m, among)
     rows = []
     for t, name in enumerate(row_names(m)):

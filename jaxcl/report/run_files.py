@@ -56,6 +56,8 @@ class Run(NamedTuple):
         if not self.measured:
             return "partial: nothing has been evaluated yet"
         done, stages = len(self.matrix.rows), len(self.matrix.stages)
+        if not done and self.accounting:  # `jaxcl evaluate` ends like this
+            return "measured before training only"
         return f"partial: {done} of {stages} stages are done" if self.matrix.partial else None
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 from jaxcl.metrics.bootstrap import differences
 from jaxcl.report.config import config_differences, flatten, seed_of
 from jaxcl.report.exports import groups, headlines
-from jaxcl.report.heat import drift_matrix, largest_change, scales, task_matrix
+from jaxcl.report.heat import cells, drift_matrix, largest_change, scales, task_matrix
 from jaxcl.report.html import DASH, Html, cell, details, esc, note, number, section, table, tag
 from jaxcl.report.run_files import Run
 from jaxcl.report.together import same_order
@@ -122,8 +122,8 @@ def _difference(a: Run, b: Run, metric: str, interval: tuple[float, float] | Non
 
 
 def matrices(runs: Sequence[Run]) -> Html:
-    """Heat maps: every run's task matrix, and beside it what its general ability and probes changed."""
-    there = [r for r in runs if r.measured]
+    """Heat maps: the task matrix of every run of the whole stream, and beside it what changed that no stage teaches."""
+    there = [r for r in runs if r.whole]
     among, largest = scales([r.matrix for r in there]), largest_change([r.matrix for r in there])
     pairs = [tag("div", task_matrix(r, among), drift_matrix(r, largest), cls="beside") for r in there]
     text = (
@@ -134,9 +134,32 @@ def matrices(runs: Sequence[Run]) -> Html:
     return section("Matrices", note(text), inside, anchor="matrices") if there else Html("")
 
 
+def evals(runs: Sequence[Run]) -> Html:
+    """Of one run, every eval with its intervals in plain sight: before training, after its own and the last stage."""
+    if len(runs) > 1 or not runs[0].measured:
+        return Html("")
+    r, rows = runs[0], []
+    for i, e in enumerate(r.matrix.evals):
+        own, last = r.matrix.learned(e.id), len(r.matrix.rows)
+        at = [0, *([None if own is None or own >= last else own + 1, last] if last else [])]
+        about = f"{e.metric}, {'higher' if e.higher_is_better else 'lower'} is better"
+        rows.append([e.id, about, cell(e.n, e.n), *(_scored(r, t, i) for t in at)])
+    stages = ["after its own stage", "after the last stage"] if len(r.matrix.rows) else []
+    inside = table(["eval", "metric", "items", "before training", *stages], rows, sortable=True)
+    return section("Every eval", inside, anchor="evals")
+
+
+def _scored(r: Run, t: int | None, column: int) -> Html:
+    """A cell of the matrix with its interval below."""
+    if t is None:
+        return cell(None, why="no stage that is done teaches it")
+    value, (lo, hi) = cells(r.matrix)[t, column], r.bounds[:, t, column]
+    return metric_cell({"value": None if value != value else value} | ({} if lo != lo else {"interval": (lo, hi)}))
+
+
 def metrics(runs: Sequence[Run]) -> Html:
-    """Every metric of every run under its convention."""
-    there = [r for r in runs if r.measured]
+    """Every metric of every run under its convention, once a stage is done."""
+    there = [r for r in runs if len(r.matrix.rows)]
     rows = []
     for name, m in {k: m for r in there for k, m in r.numbers.items()}.items():
         about = m["convention"] + (f" ({m['papers']})" if m["papers"] else "")

@@ -78,9 +78,9 @@ def render(runs: Sequence[Run]) -> str:
     parts = [tag("h1", f"jaxcl report: {title}"), *_streams(runs)]
     if unfinished := [r for r in runs if r.state]:
         text = "; ".join(f"{r.name}: {r.state}" for r in unfinished)
-        parts.append(tag("p", f"Not finished. {text}. Only tasks seen so far count.", cls="partial"))
+        parts.append(tag("p", f"{text}. Only tasks seen so far count.", cls="partial"))
     draw = (
-        *(sections.summary, sections.repeated, sections.paired, sections.matrices),
+        *(sections.summary, sections.repeated, sections.paired, sections.matrices, sections.evals),
         *(curves.averages, curves.tasks, curves.drift, curves.learning),
         *(sections.metrics, sections.accounting, sections.configs),
     )
