@@ -20,7 +20,8 @@ from jaxcl.core.feed import Feed, lengths
 from jaxcl.core.paths import merge, split
 from jaxcl.core.view import View
 from jaxcl.data.pipeline import phase_steps, pipeline
-from jaxcl.evaluate.base import Eval, score
+from jaxcl.evaluate.base import Eval
+from jaxcl.metrics.pooling import pooled
 from jaxcl.models.spec import tiny
 
 
@@ -105,7 +106,7 @@ class Run:
         return self.compiled[key]
 
     def measure(self, e: Eval) -> float:
-        return score(e.run(self.view, lambda done, total: None))
+        return pooled(e.run(self.view, lambda done, total: None), e.pool)
 
 
 def main() -> dict[str, Run]:
