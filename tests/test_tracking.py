@@ -100,3 +100,12 @@ def test_without_the_package_nothing_is_written(tmp_path, monkeypatch, capsys):
     assert main(["run", "demo", "--out", str(tmp_path / "run"), "--wandb"]) == 2
     assert "pip install 'jaxcl[tracking]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("flags", "project"), [([], None), (["--wandb"], "jaxcl"), (["--wandb", "mine"], "mine")])
+def test_the_flag_names_the_project(monkeypatch, tmp_path, flags, project):
+    seen = []
+    monkeypatch.setattr("jaxcl.core.run.opened", lambda *_: (None, tmp_path, "demo", {}))
+    monkeypatch.setattr("jaxcl.core.run.train", lambda *_, follow, **__: seen.append(follow))
+    monkeypatch.setattr("jaxcl.core.tracking.follow", lambda name: name)
+    assert main(["run", "demo", *flags]) == 0 and seen == [project]
