@@ -239,7 +239,8 @@ def test_the_copied_loop_stops_early_with_its_best_weights(own_loop, names):
     held_out = names.names("braille", [4])
     each = [nats_a_byte(scores, name, names.WINDOW) for name in held_out]
     sizes = [len(name.encode()) for name in held_out]
-    assert np.average(each, weights=sizes) == pytest.approx(min(early.curves[2]), rel=1e-4), "the best weights, not the last"
+    found = np.average(each, weights=sizes)
+    assert found == pytest.approx(min(early.curves[2]), rel=1e-4), "the best weights, not the last"
     assert np.mean(early.rows[2]) < np.mean(plain.rows[2]) + 0.05, "fewer steps, no worse on rows that decided nothing"
 
 
