@@ -1,7 +1,7 @@
 """What edits did: reliability, generality, locality. Card metrics/editing-metrics.
 
 A score compares a model's tokens with wanted ones, the answer's (reliability, generality) or those of the model before
-the edits (locality), in one of two readings:
+the edits (locality), in one of three readings:
 
 - ``token``: prompt and answer are given, the share of the answer's tokens that are the most likely ones (EasyEdit). A
   wrong start costs one token here, since the right one is shown before the next is asked for.
@@ -25,13 +25,20 @@ from jaxcl.data.editing import Asked
 from jaxcl.data.encode import encode
 from jaxcl.data.pipeline import stack
 from jaxcl.errors import RequestError, unknown
+from jaxcl.evaluate.answers import Answers, How
 from jaxcl.evaluate.base import Eval, Item, Progress, bucket, check_items, grouped
 from jaxcl.models.generate import generate
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
 
-READINGS = ("token", "exact")
+READINGS = ("token", "exact", "free")
+ROOM = 8
+"""Tokens by which a free answer may be longer than the longest wanted one before it is cut off, and wrong."""
+
+
+Said = list[str] | list[list[int]]
+"""What was answered to every prompt."""
 
 
 def correct(
@@ -44,7 +51,7 @@ def correct(
     answers = _Answers(eval_id, asked, tokenizer, by, batch_size)
 
     def run(view: View, progress: Progress) -> list[Item]:
-        return answers.items(answers.tokens(view, progress), answers.wanted)
+        return answers.items(answers.said(view, progress), answers.wanted)
 
     return Eval(eval_id, f"{by}_match", len(asked), run, role=role)
 
@@ -65,11 +72,11 @@ def unchanged(
     before = View(model).at(model.spec, params, {}, {}, Clock.at())
 
     @functools.cache
-    def old() -> list[list[int]]:
-        return answers.tokens(before, lambda done, total: None)
+    def old() -> Said:
+        return answers.said(before, lambda done, total: None)
 
     def run(view: View, progress: Progress) -> list[Item]:
-        return answers.items(answers.tokens(view, progress), old())
+        return answers.items(answers.said(view, progress), old())
 
     return Eval(eval_id, f"{by}_match_before", len(asked), run, role=role)
 
@@ -116,20 +123,30 @@ class _Answers:
         return [a.ids(self.tokenizer) for a in self.asked]
 
     @property
-    def wanted(self) -> list[list[int]]:
-        return [answer for _, answer in self.pairs]
+    def wanted(self) -> Said:
+        return [a.answer.strip() for a in self.asked] if self.by == "free" else self.targets
 
     @property
-    def longest(self) -> int:
-        return max(map(len, self.wanted))
+    def targets(self) -> list[list[int]]:
+        return [answer for _, answer in self.pairs]
 
-    def tokens(self, view: View, progress: Progress) -> list[list[int]]:
-        """As many tokens as each answer has, of the model's."""
-        if self.by == "token":
-            found = self.each(view, progress, most_likely)
-        else:
-            found = self.written(view, progress)
-        return [row[: len(answer)].tolist() for row, answer in zip(found, self.wanted)]
+    @functools.cached_property
+    def longest(self) -> int:
+        return max(map(len, self.targets))
+
+    @functools.cached_property
+    def free(self) -> Answers:
+        how = How(self.longest + ROOM, stop=("\n",))
+        prompts = [prompt for prompt, _ in self.pairs]
+        most = max(map(len, prompts))
+        return Answers(lambda: prompts, self.tokenizer, how, most=most, batch_size=self.batch_size)
+
+    def said(self, view: View, progress: Progress) -> Said:
+        """What the model answers: whole texts (free), or as many tokens as each wanted answer has."""
+        if self.by == "free":
+            return [answer.text.strip() for answer in self.free(view, progress)]
+        found = self.each(view, progress, most_likely) if self.by == "token" else self.written(view, progress)
+        return [row[: len(answer)].tolist() for row, answer in zip(found, self.targets)]
 
     def each(self, view: View, progress: Progress, fn: Callable[..., jax.Array]) -> list[np.ndarray]:
         """``fn`` of every prompt with its answer, in batches of few shapes."""
@@ -168,12 +185,17 @@ class _Answers:
             progress(done, len(sizes))
         return found
 
-    def items(self, found: Sequence[list[int]], wanted: Sequence[list[int]]) -> list[Item]:
-        rule = np.mean if self.by == "token" else np.all
-        return [
-            {"id": a.id, "prediction": self.tokenizer.decode(f), "score": float(rule(np.equal(f, w)))}
-            for a, f, w in zip(self.asked, found, wanted)
-        ]
+    def items(self, found: Said, wanted: Said) -> list[Item]:
+        shown = [f if isinstance(f, str) else self.tokenizer.decode(f) for f in found]
+        scores = [float(_SCORES[self.by](f, w)) for f, w in zip(found, wanted)]
+        return [{"id": a.id, "prediction": text, "score": x} for a, text, x in zip(self.asked, shown, scores)]
+
+
+_SCORES: dict[str, Callable[[Any, Any], Any]] = {
+    "token": lambda found, wanted: np.mean(np.equal(found, wanted)),
+    "exact": lambda found, wanted: found == wanted,
+    "free": lambda found, wanted: found == wanted,
+}
 
 
 @functools.cache
