@@ -42,6 +42,15 @@ class View:
         self.live = {k: v for k, v in live.items() if k in names}
         return self
 
+    @property
+    def wrapped(self) -> bool:
+        """Whether a method stands between the model and who asks, so that `apply` may look at a prompt as a whole."""
+        return bool(self.methods) and not self._bare
+
+    @property
+    def _bare(self) -> bool:
+        return not self.fixed and not self.live
+
     def of(self, task: int) -> View:
         """This view for test rows of one task: `apply` finds ``task_id`` in every batch."""
         view = copy.copy(self)  # what is compiled is shared, and serves all tasks
@@ -54,7 +63,7 @@ class View:
         ``fn`` is a cache key, so pass one stable object. Arrays in ``args`` that live on the host have their
         leading axis sharded as a batch's rows are.
         """
-        spec, bare = self.spec, not self.fixed and not self.live
+        spec, bare = self.spec, self._bare
         key = (fn, spec, bare, self.task is None)
         if key not in self._jitted:
             model, methods = self.model, () if bare else self.methods

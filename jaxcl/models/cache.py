@@ -58,6 +58,17 @@ def extend(apply: Apply, spec: Any, params: Params, batch: Batch, cache: Cache, 
     return out._replace(cache={name: leaf for name, leaf in out.cache.items() if name != "read_only"})
 
 
+def spread(cache: Cache, rows: int) -> Cache:
+    """The cache of a single row, as ``rows`` rows hold it that all begin with its prompt. Only for what the model itself
+    keeps: a router's entries are decisions about one prompt."""
+
+    def wide(name: str, leaf: jax.Array) -> jax.Array:
+        axis = leaf.ndim - (2 if name == "valid" else 4)  # where layers are stacked, repeats are in front
+        return jnp.broadcast_to(leaf, (*leaf.shape[:axis], rows, *leaf.shape[axis + 1 :]))
+
+    return {name: wide(name, leaf) for name, leaf in cache.items()}
+
+
 def route(cache: Cache | None, batch: Batch) -> dict[str, Any]:
     """The parts of a `Flow` that follow from a cache: mode, size, slots, past."""
     if cache is None:
