@@ -23,7 +23,7 @@ from jaxcl.data.encode import encode, encode_text
 from jaxcl.data.pipeline import batches, stack
 from jaxcl.data.stage import Stage
 from jaxcl.errors import RequestError, RunFailed
-from jaxcl.evaluate.ranking import label_block, label_nll
+from jaxcl.evaluate.endings import block_arrays, ending_nll, prompt_arrays, stacked
 from jaxcl.methods.grace import grace
 from jaxcl.methods.inner import descend
 from jaxcl.methods.lora import lora
@@ -180,17 +180,16 @@ def test_decoding_and_ranking_obey_the_decision_in_the_cache(live, replace):
     prompts, labels = EDITS.prompts[:4], [[1, 2, 3], [4], [7, 5]]
     lengths = np.array([len(p) for p in prompts], np.int32)
     tokens = np.stack([np.pad(p, (0, WINDOW - len(p))) for p in prompts]).astype(np.int32)
-    block = stack([label_block(int(p[-1]), len(p) - 1, labels, 16) for p in prompts])
-    places = np.broadcast_to(np.arange(WINDOW, dtype=np.int32), tokens.shape)
-    prompt = {"tokens": tokens, "segments": (places < lengths[:, None]).astype(np.int32), "positions": places}
+    prompt = stacked([prompt_arrays(p, 0, WINDOW) for p in prompts], 4)
+    block = stacked([block_arrays(len(p), [labels], 3, 1, 8) for p in prompts], 4)
 
     @jax.jit
     def decoded(live: Any) -> Any:
         apply = wrapped(live, replace)
         args = (apply, MODEL.head, SPEC, weights())
-        return generate(*args, tokens, lengths, max_new=TARGETS, stop_ids=())[0], label_nll(*args, prompt, block)
+        return generate(*args, tokens, lengths, max_new=TARGETS, stop_ids=())[0], ending_nll(*args, prompt, block)
 
-    written, nll = (np.asarray(x) for x in decoded(live))
+    written, ranked = (np.asarray(x) for x in decoded(live))
 
     def whole(answers: list[Any]) -> dict[str, Any]:
         both = zip(prompts, answers)
@@ -202,8 +201,7 @@ def test_decoding_and_ranking_obey_the_decision_in_the_cache(live, replace):
         assert all(w[: len(a)].tolist() == a.tolist() for w, a in zip(written, EDITS.answers))
     for number, label in enumerate(labels):
         wanted = np.asarray(forward(live, whole([label] * 4), replace)[1]).sum(axis=1)
-        got = np.where(block["segments"] == number + 1, nll, 0).sum(axis=1)
-        np.testing.assert_allclose(got, wanted, rtol=2e-4)
+        np.testing.assert_allclose(ranked[:, 0, number], wanted, rtol=2e-4)
 
 
 def test_hits_do_not_depend_on_the_shape_of_the_batch(live):

@@ -18,7 +18,7 @@ from jaxcl.data import pseudo
 from jaxcl.data.encode import encode
 from jaxcl.data.pipeline import masked, stack
 from jaxcl.errors import RequestError
-from jaxcl.evaluate.ranking import label_block, label_nll
+from jaxcl.evaluate.endings import block_arrays, ending_nll, prompt_arrays, stacked
 from jaxcl.losses.lm_view import lm_loss, lm_view
 from jaxcl.methods import sampling
 from jaxcl.methods.ewc import ewc
@@ -187,10 +187,10 @@ def test_ranking_and_decoding_do_not_notice_the_new_tokens(first_step):
     """The grown weights, before any training, against the old ones in the old vocabulary."""
     runs, params = first_step
     spec, old = runs["lamol"].loop.now.world.spec, weights()
-    prompt = {k: np.array([v], np.int32) for k, v in (("tokens", [3, 3]), ("segments", [1, 1]), ("positions", [0, 1]))}
-    block = {k: v[None] for k, v in label_block(3, 2, [[24, EOS], [25, EOS]], 6).items()}
+    prompt = stacked([prompt_arrays([3, 3, 3], 0, 4)], 1)
+    block = stacked([block_arrays(3, [[[24, EOS], [25, EOS]]], 2, 1, 2)], 1)
     both = [(decoder(s), s, p) for s, p in ((SPEC, old), (spec, params))]
-    rank = jax.jit(label_nll, static_argnums=(0, 1, 2))
+    rank = jax.jit(ending_nll, static_argnums=(0, 1, 2))
     ranked = [rank(model.apply, model.head, s, p, prompt, block) for model, s, p in both]
     np.testing.assert_allclose(ranked[1], ranked[0], rtol=1e-6)
     prompts, lengths = np.array([[1, 2, 3], [9, 9, 9]], np.int32), np.array([3, 3], np.int32)

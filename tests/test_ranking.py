@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
 
+from jaxcl.core.types import Clock
 from jaxcl.core.view import View
 from jaxcl.data.template import Template
 from jaxcl.errors import RequestError
-from jaxcl.evaluate.base import bucket, grouped, score
-from jaxcl.evaluate.ranking import label_block, label_nll, label_ranking
+from jaxcl.evaluate import endings as engine
+from jaxcl.evaluate.base import bucket, grouped
+from jaxcl.evaluate.endings import block_arrays, common, cut, ending_nll, endings_nll, prompt_arrays, size_of, stacked
+from jaxcl.evaluate.ranking import label_ranking
+from jaxcl.metrics.pooling import pooled
 from jaxcl.models.decoder import decoder, head
 from jaxcl.models.spec import tiny
 
@@ -56,17 +62,25 @@ def view() -> View:
 
 
 def whole_nll(view: View, prompt: list[int], labels: list[list[int]]) -> list[np.ndarray]:
-    """nll of each label's tokens after the prompt: plain forwards of both together, then numpy."""
-    whole = [prompt + label for label in labels]
-    ids = np.stack([np.pad(np.int32(w), (0, 192 - len(w))) for w in whole])
-    segments = np.stack([np.arange(192, dtype=np.int32) < len(w) for w in whole]).astype(np.int32)
+    """nll of each label's tokens after the prompt."""
+    return whole(view, prompt, labels)[0]
+
+
+def whole(view: View, prompt: list[int], labels: list[list[int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """nll of each label's tokens after the prompt, and by how much it is above that of the most likely token: plain
+    forwards of both together, then numpy."""
+    both = [prompt + label for label in labels]
+    ids = np.stack([np.pad(np.int32(w), (0, 192 - len(w))) for w in both])
+    segments = np.stack([np.arange(192, dtype=np.int32) < len(w) for w in both]).astype(np.int32)
     logits = plain_logits(
         view, {"tokens": ids, "segments": segments, "positions": np.arange(192)[None] * segments}
     )
     logits = logits - logits.max(-1, keepdims=True)
     nll = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
     n = len(prompt)
-    return [nll[i, np.arange(n - 1, n - 1 + len(label)), label] for i, label in enumerate(labels)]
+    found = [nll[i, np.arange(n - 1, n - 1 + len(label)), label] for i, label in enumerate(labels)]
+    least = [nll[i, n - 1 : n - 1 + len(label)].min(-1) for i, label in enumerate(labels)]
+    return found, [f - l for f, l in zip(found, least)]
 
 
 def plain_logits(view: View, batch: dict) -> np.ndarray:
@@ -81,34 +95,90 @@ def labels_ids(labels=LABELS) -> list[list[int]]:
     return [[*f" {label}".encode(), 256] for label in labels]
 
 
+def quiet(done: int, total: int) -> None:
+    pass
+
+
 def test_a_block_by_hand():
-    block = label_block(last=9, start=3, labels=[[1, 2], [5, 6, 7]], size=8)
+    made = block_arrays(4, [[[1, 2], [5, 6, 7]], [[8, 9]]], most=4, count=2, size=4)
     expected = {
-        "tokens": [9, 1, 2, 9, 5, 6, 7, 0],
-        "segments": [1, 1, 1, 2, 2, 2, 2, 0],
-        "positions": [3, 4, 5, 3, 4, 5, 6, 0],
-        "targets_at": [0, 1, 2, 0, 4, 5, 6, 0],
+        "first": [1, 5, 8, 0],
+        "tokens": [[1, 5, 6, 0], [8, 0, 0, 0]],
+        "targets": [[2, 6, 7, 0], [9, 0, 0, 0]],
+        "segments": [[1, 2, 2, 0], [3, 0, 0, 0]],
+        "positions": [[4, 4, 5, 0], [4, 0, 0, 0]],
     }
-    assert block.keys() == expected.keys()
+    assert made.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_array_equal(block[name], value)
-        assert block[name].dtype == np.int32
+        np.testing.assert_array_equal(made[name], value)
+        assert made[name].dtype == np.int32
 
 
-def test_labels_score_as_if_each_stood_after_its_whole_prompt(view):
-    prompts = [list(b"one prompt"), list(b"another one, longer"), list(b"x")]
-    blocks = [label_block(p[-1], len(p) - 1, labels_ids(), 64) for p in prompts]
-    block = {k: np.stack([b[k] for b in blocks]) for k in blocks[0]}
-    prompt = {k: np.zeros((3, 32), np.int32) for k in ("tokens", "segments", "positions")}
-    for i, p in enumerate(prompts):
-        prompt["tokens"][i, : len(p) - 1] = p[:-1]
-        prompt["segments"][i, : len(p) - 1] = 1
-        prompt["positions"][i, : len(p) - 1] = np.arange(len(p) - 1)
-    nll = np.asarray(view.call(label_nll, prompt, block))
-    for i, p in enumerate(prompts):
-        for number, expected in enumerate(whole_nll(view, p, labels_ids())):
-            inside = (block["segments"][i] == number + 1) & (block["targets_at"][i] > 0)
-            np.testing.assert_allclose(nll[i][inside], expected, atol=1e-4, rtol=1e-4)
+def test_endings_are_cut_into_blocks_in_order(monkeypatch):
+    monkeypatch.setattr(engine, "BLOCK", 3)
+    some = [[1], [1, 2], [1, 2, 3], [1, 2], [1, 2, 3, 4, 5, 6], [1, 2]]  # 0, 1, 2, 1, 5, 1 tokens to run
+    assert cut(some) == [some[:3], [some[3]], [some[4]], [some[5]]]
+
+
+def test_sizes_are_few_and_waste_a_quarter_at_most():
+    sizes = [size_of(n, 8) for n in range(1, 513)]
+    assert all(n <= size < max(n + 8, 1.25 * n) for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) == 4 * 4 + 4 and size_of(0, 8) == 0
+
+
+def test_what_prompts_begin_with_leaves_each_a_token():
+    assert common([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert common([[1, 2], [1, 2, 4, 5], [1, 2]]) == 1
+    assert common([[1, 2, 3]]) == 0 and common([[1], [2]]) == 0
+
+
+PROMPTS = [list(b"say one prompt"), list(b"say another one, longer"), list(b"say x")]
+
+
+@pytest.mark.parametrize("begin", [0, 4])
+@pytest.mark.parametrize("block", [4, 64])
+def test_labels_score_as_if_each_stood_after_its_whole_prompt(view, monkeypatch, begin, block):
+    monkeypatch.setattr(engine, "BLOCK", block)
+    parts = cut(labels_ids())
+    assert len(parts) == (4 if block == 4 else 1)
+    shape = (4, len(parts), 32)
+    prompt = stacked([prompt_arrays(p, begin, 32) for p in PROMPTS], 3)
+    block = stacked([block_arrays(len(p), parts, *shape) for p in PROMPTS], 3)
+    found = np.asarray(view.call(ending_nll, prompt, block))
+    assert found.shape == (3, 2, 4)
+    for (nll, missed), p in zip(found, PROMPTS):
+        expected, best = whole(view, p, labels_ids())
+        np.testing.assert_allclose(nll, [e.sum() for e in expected], atol=1e-4, rtol=1e-4)
+        np.testing.assert_array_equal(missed, [(b > 1e-9).sum() for b in best])
+
+
+def test_many_endings_score_as_few_do(view):
+    """80 labels in blocks that run one after another, beside a row with a single one."""
+    many = [[*f"{n} and {n * n}".encode(), 256] for n in range(80)]
+    assert len(cut(many)) > 10
+    found = endings_nll(view, [PROMPTS[0], PROMPTS[1]], [many, many[:1]], 2, quiet)
+    assert found[0].shape == (2, 80) and found[1].shape == (2, 1)
+    for some in ([0, 7], [79]):
+        expected = [e.sum() for e in whole(view, PROMPTS[0], [many[i] for i in some])[0]]
+        np.testing.assert_allclose(found[0][0, some], expected, rtol=1e-4)
+
+
+def test_a_wrapped_model_sees_whole_prompts(view):
+    """What a method may look at is not taken apart; the numbers are the same."""
+    seen = []
+
+    class Wrapped:
+        wrapped = True
+
+        def call(self, fn, prompt, block):
+            seen.append(prompt["begin"].shape[1])
+            return view.call(fn, prompt, block)
+
+    ids = [labels_ids()] * 3
+    whole = endings_nll(Wrapped(), PROMPTS, ids, 4, quiet)
+    shared = endings_nll(view, PROMPTS, ids, 4, quiet)
+    assert seen == [0] and common(PROMPTS) == 4
+    np.testing.assert_allclose(whole, shared, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("normalise", "labels"), [("sum", list("aeiouxyz")), ("mean", LABELS)])
@@ -132,51 +202,95 @@ def test_predictions_equal_those_of_plain_forwards(view, normalise, labels):
         right += best == row["target"]
         predictions.add(best)
     assert len(predictions) > 1  # a model that always says one thing would test nothing
-    assert score(items) == pytest.approx(right / 11)
+    assert pooled(items) == pytest.approx(right / 11)
     assert seen[-1] == (11, 11) and [d for d, _ in seen] == sorted(d for d, _ in seen)
     assert (made.metric, made.range, made.n, made.higher_is_better) == ("accuracy", (0.0, 1.0), 11, True)
 
 
 def test_batch_size_and_neighbours_change_nothing(view):
     tests = rows(9)
-    one = label_ranking("t", tests, Bytes(), window=128, batch_size=1).run(view, lambda *_: None)
-    many = label_ranking("t", tests[::-1], Bytes(), window=128, batch_size=4).run(view, lambda *_: None)
+    one = label_ranking("t", tests, Bytes(), window=128, batch_size=1).run(view, quiet)
+    many = label_ranking("t", tests[::-1], Bytes(), window=128, batch_size=4).run(view, quiet)
     assert one == many[::-1]
 
 
 def test_every_shape_is_compiled_once(view):
     made = label_ranking("t", rows(11), Bytes(), window=128, batch_size=4)
-    made.run(view, lambda *_: None)
-    (jitted,) = [f for key, f in view._jitted.items() if label_nll in key]
+    made.run(view, quiet)
+    (jitted,) = [f for key, f in view._jitted.items() if ending_nll in key]
     shapes = jitted._cache_size()
-    again = label_ranking("u", rows(40), Bytes(), window=128, batch_size=4)
-    again.run(view, lambda *_: None)
-    assert len({bucket(n, 128) for n in range(50, 128)}) == 2
+    again = label_ranking("u", rows(11), Bytes(), window=128, batch_size=4)
+    again.run(view, quiet)
     assert jitted._cache_size() == shapes
 
 
-def test_the_first_label_wins_a_tie():
-    class Flat:
-        def call(self, fn, prompt, block):
-            return np.where(block["targets_at"] > 0, 1.0, 0.0)
+class Scores:
+    """A view whose labels have given nlls."""
 
+    def __init__(self, *nll: float):
+        self.nll = np.float32(nll)
+
+    def call(self, fn, prompt, block):
+        rows, labels = block["first"].shape
+        found = np.full((rows, 2, labels), np.inf, np.float32)
+        found[:, 0, : len(self.nll)] = self.nll
+        return found
+
+
+def test_the_first_label_wins_a_tie():
     row = {"task": "t", "id": "0", "instruction": "", "input": "x", "target": "b", "labels": ["b", "a"]}
     flipped = row | {"id": "1", "labels": ["a", "b"]}
-    items = label_ranking("t", [row, flipped], Bytes(), window=32).run(Flat(), lambda *_: None)
+    items = label_ranking("t", [row, flipped], Bytes(), window=32).run(Scores(1.0, 1.0), quiet)
     assert [(i["prediction"], i["score"]) for i in items] == [("b", 1.0), ("a", 0.0)]
 
 
 def test_sum_and_mean_differ_where_they_should():
-    class PerToken:  # "aaa" has 5 tokens of 1 nat, "b" has 3 of 1.5
-        def call(self, fn, prompt, block):
-            return np.where(block["targets_at"] > 0, np.where(block["segments"] == 1, 1.0, 1.5), 0.0)
-
+    """ " aaa" and its end are 5 tokens of 1 nat, " b" and its end 3 of 1.5."""
     row = {"task": "t", "id": "0", "instruction": "", "input": "x", "target": "b", "labels": ["aaa", "b"]}
     best = {
-        how: label_ranking("t", [row], Bytes(), window=32, normalise=how).run(PerToken(), lambda *_: None)[0]
+        how: label_ranking("t", [row], Bytes(), window=32, normalise=how).run(Scores(5.0, 4.5), quiet)[0]
         for how in ("sum", "mean")
     }
     assert {how: item["prediction"] for how, item in best.items()} == {"sum": "b", "mean": "aaa"}
+
+
+def test_candidates_grow_with_the_stage(view):
+    """All labels seen so far, at least those of the eval's own stage; the prompt stays as the row has it."""
+    seen = lambda stage: LABELS[: 2 + stage]  # noqa: E731
+    tests = [{k: v for k, v in row.items() if k != "labels"} for row in rows(4, LABELS[:2])]
+    made = label_ranking("t", tests, Bytes(), window=128, labels_at=seen)
+    assert made.chance is None
+    for stage in (0, 1, 2, 0):
+        items = made.run(view.at(view.spec, view.params, {}, {}, Clock.at(stage=stage)), quiet)
+        for item, row in zip(items, tests):
+            prompt = list(f"What?\n{row['input']}\nAnswer:".encode())
+            nll = [e.sum() for e in whole_nll(view, prompt, labels_ids(seen(stage)))]
+            assert item["prediction"] == seen(stage)[int(np.argmin(nll))]
+    late = label_ranking("u", [tests[0] | {"target": LABELS[3]}], Bytes(), window=128, labels_at=seen, stage=2)
+    early = view.at(view.spec, view.params, {}, {}, Clock.at())
+    assert late.run(early, quiet)[0]["prediction"] in LABELS  # its own stage counts where the run is not there yet
+    words = "target 'red wine', not one of the labels seen at stage 0; did you mean 'red'"
+    with pytest.raises(RequestError, match=words):
+        label_ranking("u", [tests[0] | {"target": LABELS[2]}], Bytes(), window=128, labels_at=seen)
+    shrinks = label_ranking("u", tests, Bytes(), window=128, labels_at=lambda stage: LABELS[2 * (stage > 0) :][:2])
+    with pytest.raises(RequestError, match="not one of the labels seen at stage 1"):
+        shrinks.run(view.at(view.spec, view.params, {}, {}, Clock.at(stage=1)), quiet)
+    view.at(view.spec, view.params, {}, {}, None)
+
+
+def test_memory_does_not_grow_with_the_items(view):
+    """Device arrays: none is left. Host: what four times the rows take more is less than their ids would as lists."""
+    peaks = {}
+    for n in (40, 160):
+        made = label_ranking("t", rows(n), Bytes(), window=128, batch_size=8)
+        made.run(view, quiet)  # compiles, and encodes the prompts
+        before = len(jax.live_arrays())
+        tracemalloc.start()
+        items = made.run(view, quiet)
+        peaks[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(jax.live_arrays()) == before and len(items) == n
+    assert peaks[160] - peaks[40] < 120 * 2000  # an item, its scores, its list of endings
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 The schemas: ``instruct`` (an instruction, an input and the wanted answer), ``text`` (a document), ``edit`` (a prompt
 with its new answer, other wordings of it, and a prompt whose answer must stay), ``ner`` (tokens with BIO tags), ``re``
 (tokens, two entities and their relation), ``translation`` (a sentence in three languages), ``tool`` (a dialogue with
-calls of tools, or an instruction with its calls) and ``retrieval`` (a document, or a query with its documents). Fields
-that a schema does not name are kept as they are.
+calls of tools, or an instruction with its calls), ``retrieval`` (a document, or a query with its documents), ``mcq`` (a
+question with choices), ``probe`` (a prompt and what may continue it) and ``preference`` (a prompt with a chosen and a
+rejected answer). Fields that a schema does not name are kept as they are.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "ner": {"task": str, "id": str, "tokens": _STRINGS, "tags": _STRINGS},
     "re": {"task": str, "id": str, "relation": str, "relation_id": int, "tokens": _STRINGS, "head": dict, "tail": dict},
     "translation": dict.fromkeys(("id", "en", "de", "fr"), str),
+    "mcq": {"task": str, "id": str, "question": str, "choices": _STRINGS, "answer": int},
+    "probe": {"id": str, "relation": str, "prompt": str, "answers": _STRINGS},
+    "preference": dict.fromkeys(("id", "prompt", "chosen", "rejected"), str),
     "tool": {"id": str},
     "retrieval": {"id": str},
 }
@@ -44,6 +48,9 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "ner": {},
     "re": {"candidates": _STRINGS},
     "translation": {},
+    "mcq": {},
+    "probe": {"choices": _STRINGS, "answer": int, "paraphrases": _ANY_STRINGS, "subject": str, "date": str},
+    "preference": {"source": str},
     "tool": {"tools": list, "messages": list, "golden_calls": list, "functions": _ANY_STRINGS}
     | dict.fromkeys(("api", "tools_description", "instruction"), str),
     "retrieval": {"title": str, "text": str, "year": str, "query": str, "relevant": _STRINGS, "grades": dict},

@@ -82,7 +82,46 @@ def retrieval(row: Row) -> str | None:
     return None
 
 
-CHECKS: dict[str, Callable[[Row], str | None]] = {f.__name__: f for f in (ner, re, translation, tool, retrieval)}
+def mcq(row: Row) -> str | None:
+    """Two choices or more, none empty, and the index of the right one."""
+    if not all(row["choices"]):
+        return "field 'choices' holds an empty text; accepted: what may answer the question"
+    return _index(row)
+
+
+def probe(row: Row) -> str | None:
+    """Answers with text; where there are choices, the index of the right one among them (wrong ones may be empty)."""
+    if not all(row["answers"]):
+        return "field 'answers' holds an empty text; accepted: what continues the prompt"
+    if row.get("choices") is None:
+        return None
+    if row.get("answer") is None:
+        return f"field 'answer' is missing; {nearest('answer', row)}"
+    return _index(row)
+
+
+def preference(row: Row) -> str | None:
+    """Two answers, both with text, that are not the same."""
+    empty = next((side for side in ("chosen", "rejected") if not row[side].strip()), None)
+    if empty:
+        return f"field {empty!r} is empty; accepted: an answer to the prompt"
+    if row["chosen"] == row["rejected"]:
+        return "field 'rejected' is the same as 'chosen'; accepted: another answer"
+    return None
+
+
+CHECKS: dict[str, Callable[[Row], str | None]] = {
+    f.__name__: f for f in (ner, re, translation, mcq, probe, preference, tool, retrieval)
+}
+
+
+def _index(row: Row) -> str | None:
+    choices, answer = row["choices"], row["answer"]
+    if len(choices) < 2:
+        return f"field 'choices' has {len(choices)} entries; accepted: two or more"
+    if not 0 <= answer < len(choices):
+        return f"field 'answer' is {answer}; accepted: 0 to {len(choices) - 1}, an index of 'choices'"
+    return None
 
 
 def _message(message: Any, at: int) -> str | None:

@@ -1,4 +1,4 @@
-"""How likely a model finds each of several endings after a prompt: the engine of ranking, choice, probes, preference.
+"""How likely a model finds each of several endings after a prompt: what ranking, choice, probes and preference ask.
 
 What all prompts of an evaluation begin with is run once a batch and its cache given to every row. Then the rest of each
 prompt is run, whose last token predicts the first token of every ending; then the endings side by side in a block, each
@@ -19,12 +19,12 @@ import numpy as np
 from jaxcl.core.types import Batch, Params
 from jaxcl.evaluate.base import Progress, filled
 from jaxcl.models.cache import Cache, extend, prefill, spread
-from jaxcl.models.nll import chunked_nll
 
 BLOCK = 32
 """Tokens of a row's block of endings, more where one ending is longer."""
 LOGITS = 512
 """Positions whose logits exist at the same time."""
+CELLS = ("tokens", "targets", "segments", "positions")
 
 Ids = Sequence[int] | np.ndarray
 
@@ -32,7 +32,8 @@ Ids = Sequence[int] | np.ndarray
 def endings_nll(
     view: Any, prompts: Sequence[Ids], endings: Sequence[Sequence[Ids]], batch_size: int, progress: Progress
 ) -> list[np.ndarray]:
-    """For each row f32[L]: nats of each ending, summed over its tokens, given the prompt; in the rows' order.
+    """For each row f32[2,L]: the nats of each ending, summed over its tokens, given the prompt; and how many of its
+    tokens were not the most likely one. In the rows' order.
 
     Prompts and endings hold at least one token each. Batches are of rows whose prompts are of about one length. Where a
     method wraps the model no beginning is shared, because the method may look at the prompt as a whole.
@@ -41,40 +42,47 @@ def endings_nll(
     blocks = [cut(each) for each in endings]
     tokens = max(sum(len(e) - 1 for e in part) for row in blocks for part in row)
     shape = (max(map(len, endings)), max(map(len, blocks)), size_of(tokens, 8))
-    found: list[np.ndarray] = [np.zeros(0)] * len(prompts)
+    found: list[np.ndarray] = [np.zeros((2, 0))] * len(prompts)
     done = 0
     for members in by_length([len(p) for p in prompts], batch_size):
         rest = size_of(max(len(prompts[i]) for i in members) - begin, 16)
         prompt = stacked([prompt_arrays(prompts[i], begin, rest) for i in members], batch_size)
         block = stacked([block_arrays(len(prompts[i]), blocks[i], *shape) for i in members], batch_size)
         for i, row in zip(members, np.asarray(view.call(ending_nll, prompt, block))):
-            found[i] = row[: len(endings[i])]
+            found[i] = row[:, : len(endings[i])]
         done += len(members)
         progress(done, len(prompts))
     return found
 
 
 def ending_nll(apply: Any, head: Any, spec: Any, params: Params, prompt: Batch, block: Batch) -> jax.Array:
-    """f32[B,L] from what `prompt_arrays` and `block_arrays` make; one compilation per shape."""
+    """f32[B,2,L], see `endings_nll`, from what `prompt_arrays` and `block_arrays` make; one compilation per shape."""
     hidden, last, cache = run_prompt(apply, spec, params, prompt)
-    scores = jax.nn.log_softmax(head(spec, params, hidden, last[:, None])[:, 0])
-    nll = -jnp.take_along_axis(scores, block["first"], axis=1)
+    found = predicted(head(spec, params, hidden, last[:, None]), block["first"][:, None])
     if not block["tokens"].shape[2]:
-        return nll
-    cells = {name: jnp.moveaxis(block[name], 1, 0) for name in ("tokens", "targets", "segments", "positions")}
+        return found
+    cells = {name: jnp.moveaxis(block[name], 1, 0) for name in CELLS}
 
-    def add(number: Any, nll: jax.Array) -> jax.Array:
+    def add(number: Any, found: jax.Array) -> jax.Array:
         part = {name: cell[number] for name, cell in cells.items()}
-        return nll + block_nll(apply, head, spec, params, part, cache, nll.shape[1])
+        return found + block_nll(apply, head, spec, params, part, cache, found.shape[2])
 
     if len(cells["tokens"]) == 1:
-        return add(0, nll)
+        return add(0, found)
     used = jnp.max(jnp.where(cells["segments"] > 0, jnp.arange(len(cells["tokens"]))[:, None, None] + 1, 0))
-    return jax.lax.fori_loop(0, used, add, nll)
+    return jax.lax.fori_loop(0, used, add, found)
+
+
+def predicted(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """f32[B,2,K]: nll of ``tokens`` i32[B,N,K / N], and 1 where another is more likely, under logits f32[B,N,V]."""
+    picked = jnp.take_along_axis(logits, tokens, axis=-1)
+    nll = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - picked
+    missed = (picked < logits.max(axis=-1, keepdims=True)).astype(nll.dtype)
+    return jnp.stack([nll, missed], axis=1).reshape(len(tokens), 2, -1)
 
 
 def run_prompt(apply: Any, spec: Any, params: Params, prompt: Batch) -> tuple[jax.Array, jax.Array, Cache]:
-    """(hidden [B,S,D] of the prompts after their common beginning, index i32[B] of their last token in it, the cache)."""
+    """(hidden [B,S,D] of the prompts after their common beginning, index i32[B] of their last token in it, cache)."""
     rows, begin = prompt["begin"].shape
     rest = prompt["tokens"].shape[1]
     shared = prompt["begins"][:1]  # all rows begin alike
@@ -98,18 +106,22 @@ def run_prompt(apply: Any, spec: Any, params: Params, prompt: Batch) -> tuple[ja
 def block_nll(
     apply: Any, head: Any, spec: Any, params: Params, part: Batch, cache: Cache, endings: int
 ) -> jax.Array:
-    """f32[B,L]: what the tokens [B,N] of one block add to the nll of their endings; segment l + 1 is ending l."""
+    """f32[B,2,L]: what the tokens [B,N] of one block add for their endings; segment l + 1 is ending l, 0 is padding."""
     batch = {name: part[name] for name in ("tokens", "segments", "positions")}
     hidden = extend(apply, spec, params, batch, cache, write=False).hidden
     rows, size = part["tokens"].shape
+    step = min(size, max(1, LOGITS // rows))
+    parts = -(-size // step)
 
-    def logits(at: jax.Array) -> jax.Array:
-        return head(spec, params, at, jnp.broadcast_to(jnp.arange(at.shape[1]), at.shape[:2]))
+    def some(at: jax.Array) -> jax.Array:
+        logits = head(spec, params, hidden, jnp.broadcast_to(at, (rows, step)))
+        return predicted(logits, part["targets"][:, at, None])
 
-    at = jnp.broadcast_to(jnp.arange(size), (rows, size))
-    nll = chunked_nll(logits, hidden, at, part["targets"], LOGITS)
-    sums = jnp.zeros((rows, endings + 1)).at[jnp.arange(rows)[:, None], part["segments"]].add(nll)
-    return sums[:, 1:]  # 0 is padding
+    at = jnp.minimum(jnp.arange(parts * step), size - 1).reshape(parts, step)
+    found = jnp.moveaxis(jax.lax.map(some, at), 0, 2).reshape(rows, 2, -1)[:, :, :size]
+    sums = jnp.zeros((rows, 2, endings + 1))
+    which = jnp.arange(rows)[:, None], slice(None), part["segments"]
+    return sums.at[which].add(found.swapaxes(1, 2))[:, :, 1:]
 
 
 def prompt_arrays(ids: Ids, begin: int, rest: int) -> Batch:
@@ -120,11 +132,11 @@ def prompt_arrays(ids: Ids, begin: int, rest: int) -> Batch:
 
 
 def block_arrays(length: int, blocks: Sequence[Sequence[Ids]], most: int, count: int, size: int) -> Batch:
-    """One row after a prompt of ``length`` tokens: first [L] the endings' first tokens, L = ``most``; the blocks' tokens,
-    what follows each of them, its segment (the number of its ending from 1, 0 for padding) and position, [C,N]."""
+    """One row after a prompt of ``length`` tokens. first [L]: the endings' first tokens, L = ``most``. Of the blocks'
+    tokens [C,N]: themselves, what follows each, its segment (the number of its ending from 1, 0: padding) and position.
+    """
     first = np.zeros(most, np.int32)
-    names = ("tokens", "targets", "segments", "positions")
-    cells = {name: np.zeros((count, size), np.int32) for name in names}
+    cells = {name: np.zeros((count, size), np.int32) for name in CELLS}
     number = 0
     for block, part in enumerate(blocks):
         at = 0
@@ -133,7 +145,7 @@ def block_arrays(length: int, blocks: Sequence[Sequence[Ids]], most: int, count:
             inside = (block, slice(at, at + len(ending) - 1))
             number, at = number + 1, inside[1].stop
             values = (ending[:-1], ending[1:], number, length + np.arange(len(ending) - 1))
-            for name, value in zip(names, values):
+            for name, value in zip(CELLS, values):
                 cells[name][inside] = value
     return {"first": first, **cells}
 

@@ -112,8 +112,8 @@ class _Ranking:
         labels = self.labels(self.stage if self.labels_at is None else max(int(view.clock.stage), self.stage))
         prompts = self._prompts(self._rooms(labels))
         endings = [[self._ids(label) for label in each] for each in labels]
-        nll = endings_nll(view, prompts, endings, self.batch_size, progress)
-        return [self._item(*each) for each in zip(self.rows, labels, nll)]
+        found = endings_nll(view, prompts, endings, self.batch_size, progress)
+        return [self._item(*each) for each in zip(self.rows, labels, (nll for nll, _ in found))]
 
     def _item(self, row: dict[str, Any], labels: Sequence[str], nll: np.ndarray) -> Item:
         lengths = [len(self._ids(label)) if self.normalise == "mean" else 1 for label in labels]

@@ -59,8 +59,8 @@ def extend(apply: Apply, spec: Any, params: Params, batch: Batch, cache: Cache, 
 
 
 def spread(cache: Cache, rows: int) -> Cache:
-    """The cache of a single row, as ``rows`` rows hold it that all begin with its prompt. Only for what the model itself
-    keeps: a router's entries are decisions about one prompt."""
+    """The cache of a single row, for ``rows`` rows that all begin with its prompt. Only for what the model keeps: a
+    router's entries are decisions about one prompt."""
 
     def wide(name: str, leaf: jax.Array) -> jax.Array:
         axis = leaf.ndim - (2 if name == "valid" else 4)  # where layers are stacked, repeats are in front
