@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -127,9 +128,11 @@ def compare(sides: dict[str, Callable[[], list[int]]], rows: int, rounds: int, w
         for name, side in sides.items():
             wall, used = time.perf_counter(), time.process_time()
             said[name] = side()
+            took, work = time.perf_counter() - wall, time.process_time() - used
+            print(f"round {number}, {name}: {took:.2f} s, {work:.2f} s of CPU", file=sys.stderr, flush=True)
             if number >= warm:
-                seconds[name].append(time.perf_counter() - wall)
-                cpu[name].append(time.process_time() - used)
+                seconds[name].append(took)
+                cpu[name].append(work)
     first, *others = sides
     report: dict[str, Any] = {"rows": rows, "rounds": rounds}
     for name in sides:
