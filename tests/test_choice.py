@@ -23,7 +23,7 @@ ROWS = [
     {"id": "b", "context": "Question: another?\nAnswer:  ", "choices": ["zürich", "rom"], "answer": 0},
     {"id": "c", "context": "", "choices": ["x", "yy", "zzz", "w"], "answer": 3},
 ]
-WORDS = [*(b.to_bytes() for b in range(256)), b"", b"r: ", b"er", b" n"]
+WORDS = [*(b.to_bytes() for b in range(256)), b"", b"r: ", b"sw", b" n"]
 
 
 class Merging(Bytes):
@@ -84,9 +84,10 @@ def log_p(view: View, before: list[int], after: list[int]) -> float:
 
 def test_a_pair_is_cut_where_the_contexts_own_encoding_ends():
     words = Merging()
-    assert pair("Answer:", " no", words) == (words.encode("Answer:"), [32, *b"no"])
-    assert words.encode("Answer: no")[-3:] == [257, *b"no"]  # together the boundary is inside "r: ", and stays lost
-    assert pair("Answer:", " no", words)[1] != words.encode(" no")
+    before, whole = [65, 110, 258, 101, 114, 58], [65, 110, 258, 101, 257, 110, 111]
+    assert (words.encode("Answer:"), words.encode("Answer: no")) == (before, whole)
+    assert pair("Answer:", " no", words) == (before, [111])  # the boundary is inside "r: ": "n" is in neither part
+    assert pair("Answer:", " yes", words) == (before, [*b"es"]) and pair("Name", " no", words)[1] == [259, 111]
     assert pair("a  ", "b", words) == ([97], [32, 32, 98])  # white space goes to the choice
     assert pair("", " x", words) == ([256], [32, 120])
 

@@ -89,8 +89,8 @@ def theirs(model, rows, tmp_path_factory) -> dict[str, list[dict]]:
         file.write_text("\n".join(map(json.dumps, records)))
         form = TEXT_TASK if task == "text" else CHOICE_TASK
         (folder / f"{task}.yaml").write_text(form.format(task=f"local_{task}", file=file))
-    side = HFLM(str(folder / "model"), dtype="float32", device="cpu", batch_size=8, max_length=WINDOW)
-    assert side.prefix_token_id == words.eos_id
+    kw = {"dtype": "float32", "device": "cpu", "batch_size": 8, "max_length": WINDOW}
+    side = HFLM(str(folder / "model"), **kw, prefix_token_id=words.eos_id)
     names = [f"local_{task}" for task in rows]
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     done = lm_eval.simple_evaluate(side, tasks=names, task_manager=manager, log_samples=True, bootstrap_iters=0)

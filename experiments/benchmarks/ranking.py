@@ -25,6 +25,7 @@ BATCH = 16
 WINDOW = 256
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or a busy machine is paid for by who waits with a spinning thread
 
 
 class Loop:

@@ -18,6 +18,7 @@ from jaxcl.data.stage import subsample
 from jaxcl.errors import RequestError, unknown
 from jaxcl.evaluate.base import Eval
 from jaxcl.evaluate.choice import multiple_choice
+from jaxcl.evaluate.generation import generation
 from jaxcl.evaluate.nll import text_nll
 
 if TYPE_CHECKING:
@@ -170,15 +171,11 @@ def _mmlu(eval_id: str, name: str, folder: Path, tokenizer: Tokenizer, draw: Dra
 
 
 def _bbh(eval_id: str, name: str, folder: Path, tokenizer: Tokenizer, draw: Draw, kw: dict) -> list[Eval]:
-    from jaxcl.evaluate.generation import generation
-
     rows = draw.spread([row for path in sorted(folder.glob("*.jsonl.gz")) for row in read_rows(path)])
     return generation(eval_id, list(_asked(rows, "Q: ", "target")), tokenizer, stop=("\n",), **kw)
 
 
 def _gsm8k(eval_id: str, name: str, folder: Path, tokenizer: Tokenizer, draw: Draw, kw: dict) -> list[Eval]:
-    from jaxcl.evaluate.generation import generation
-
     rows = _asked(draw.some(read_rows(folder / "gsm8k/test.jsonl.gz")), "Question: ", "answer")
     return generation(
         eval_id, list(rows), tokenizer, metrics=("number_match",), max_new=WRITTEN, stop=("Question:",), **kw

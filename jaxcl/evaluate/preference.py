@@ -15,9 +15,9 @@ import numpy as np
 from jaxcl.core.types import Params
 from jaxcl.data.encode import begun
 from jaxcl.errors import RequestError, unknown
+from jaxcl.evaluate.answers import Answers, How
 from jaxcl.evaluate.base import Eval, Item, Progress, check_items, shared
-from jaxcl.evaluate.endings import by_length, endings_nll, prompt_arrays, size_of, stacked
-from jaxcl.models.generate import generate
+from jaxcl.evaluate.endings import endings_nll
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
@@ -170,40 +170,28 @@ def mean_reward(
     window: int,
     max_new: int,
     batch_size: int = 16,
-    range: tuple[float, float] = (-math.inf, math.inf),
+    bounds: tuple[float, float] = (-math.inf, math.inf),
     role: str = "task",
 ) -> Eval:
     """Mean of ``reward`` over the model's greedy answers of up to ``max_new`` tokens to the rows' prompts, which keep
-    their last window - max_new tokens. RequestError: no rows, no room for a prompt; when it runs: a reward that is not
-    one finite number an answer."""
+    their last window - max_new tokens. bounds: the lowest and highest reward. RequestError: no rows, no room for a
+    prompt; when it runs: rewards that are not one finite number an answer."""
     check_items(eval_id, rows, batch_size)
-    if not 0 < max_new < window:
-        raise RequestError(f"eval {eval_id!r}: answers of {max_new} tokens; accepted: 1 to {window - 1} (window)")
-    prompts = [begun(tokenizer, row["prompt"])[-(window - max_new) :] for row in rows]
-    write = _writer(max_new, tokenizer.eos_id, tokenizer.pad_id)
+    how = How(max_new).check(f"eval {eval_id!r}", window)
+    room = window - max_new
+    prompts = [begun(tokenizer, row["prompt"])[-room:] for row in rows]
+    answers = Answers(lambda: prompts, tokenizer, how, most=room, batch_size=batch_size)
 
     def run(view: Any, progress: Progress) -> list[Item]:
-        items: list[Item] = [{}] * len(rows)
-        done = 0
-        for members in by_length([len(p) for p in prompts], batch_size):
-            size = size_of(max(len(prompts[i]) for i in members), 16)
-            batch = stacked([prompt_arrays(prompts[i], 0, size) for i in members], batch_size)
-            written = [np.asarray(x) for x in view.call(write, batch["tokens"], batch["length"])]
-            texts = [tokenizer.decode(ids[:n].tolist()) for ids, n in zip(*written)][: len(members)]
-            values = np.asarray(reward([rows[i]["prompt"] for i in members], texts), np.float64)
-            if values.shape != (len(members),) or not np.isfinite(values).all():
-                wanted = f"{len(members)} finite numbers"
-                raise RequestError(f"eval {eval_id!r}: rewards {values.tolist()!r}; accepted: {wanted}")
-            for i, text, value in zip(members, texts, values):
-                items[i] = {"id": rows[i]["id"], "prediction": text, "score": float(value)}
-            done += len(members)
-            progress(done, len(rows))
-        return items
+        texts = [answer.text for answer in answers(view, progress)]
+        values: list[float] = []
+        for at in range(0, len(rows), batch_size):
+            part = slice(at, at + batch_size)
+            made = np.asarray(reward([row["prompt"] for row in rows[part]], texts[part]), np.float64)
+            if made.shape != (len(texts[part]),) or not np.isfinite(made).all():
+                wanted = f"{len(texts[part])} finite numbers"
+                raise RequestError(f"eval {eval_id!r}: rewards {made.tolist()!r}; accepted: {wanted}")
+            values += made.tolist()
+        return [{"id": r["id"], "prediction": t, "score": v} for r, t, v in zip(rows, texts, values)]
 
-    return Eval(eval_id, "mean_reward", len(rows), run, range=range, role=role)
-
-
-@functools.cache
-def _writer(max_new: int, eos: int, pad: int) -> Callable[..., Any]:
-    """One object per setting, because it is the key under which a view keeps what it compiled."""
-    return functools.partial(generate, max_new=max_new, stop_ids=(eos,), pad=pad)
+    return Eval(eval_id, "mean_reward", len(rows), run, range=bounds, role=role, hparams=how.hparams())

@@ -13,7 +13,7 @@ import numpy as np
 from jaxcl.data.encode import check_frames, fit_prompt, target_ids
 from jaxcl.data.template import Template
 from jaxcl.errors import RequestError, nearest, unknown
-from jaxcl.evaluate.base import Eval, Item, Progress, accepted, check_items
+from jaxcl.evaluate.base import Eval, Item, Progress, accepted, check_items, stage_of
 from jaxcl.evaluate.endings import endings_nll
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class _Ranking:
     def labels(self, stage: int) -> list[Sequence[str]]:
         """The candidates of each row, the row's target among them."""
         seen = None if self.labels_at is None else list(self.labels_at(stage))
-        found = [row.get("labels") if seen is None else seen for row in self.rows]
+        found: list[Sequence[str]] = [row.get("labels") or [] if seen is None else seen for row in self.rows]
         for row, labels in zip(self.rows, found):
             if not labels:
                 raise RequestError(f"eval {self.id!r}: row {row['id']!r} has no labels to rank")
@@ -109,7 +109,7 @@ class _Ranking:
         return self.prompts[1]
 
     def __call__(self, view: Any, progress: Progress) -> list[Item]:
-        labels = self.labels(self.stage if self.labels_at is None else max(int(view.clock.stage), self.stage))
+        labels = self.labels(stage_of(view, self.stage) if self.labels_at else self.stage)
         prompts = self._prompts(self._rooms(labels))
         endings = [[self._ids(label) for label in each] for each in labels]
         found = endings_nll(view, prompts, endings, self.batch_size, progress)
