@@ -108,7 +108,7 @@ def test_rows_are_drawn_one_a_subject_in_turn():
 
 
 def test_the_whole_suite_runs(data):
-    model = decoder(tiny(vocab=257, layers=2, width=16, heads=2, kv_heads=1, mlp=32, context=512))
+    model = decoder(tiny(vocab=257, layers=1, width=16, heads=2, kv_heads=1, mlp=32, context=512))
     params = model.init(model.spec, jax.random.key(0))
     view = View(model).at(model.spec, params, {}, {}, Clock.at())
     made = general_suite(data, Bytes(), window=256, rows=2, batch_size=2)

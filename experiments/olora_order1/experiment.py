@@ -17,6 +17,7 @@ from jaxcl.core.experiment import Experiment
 from jaxcl.core.types import Method
 from jaxcl.data.olora import olora_evals, olora_stages
 from jaxcl.errors import unknown
+from jaxcl.evaluate.general import general_suite
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.joint import joint
@@ -36,6 +37,7 @@ class Config:
     rows: int | None = 240  # training rows a stage, drawn by seed
     test_rows: int | None = 64  # test rows an eval, drawn by seed
     window: int = 128  # tokens; longer inputs lose their end, never the question or the answer
+    general: int | None = None  # rows of each set of general ability (`jaxcl.evaluate.general`), null: not measured
     template: str = "plain"
     prefix: bool = False  # the reference's Task:/Dataset: lines, which leak the task's identity
     batch_size: int = 8
@@ -85,12 +87,15 @@ def build(cfg: Config) -> Experiment:
     model, params, tokenizer, source = load(cfg.model)
     model = model._replace(spec=dataclasses.replace(model.spec, dtype=cfg.dtype))
     shared = {"window": cfg.window, "template": cfg.template, "prefix": cfg.prefix, "seed": cfg.seed}
+    evals = olora_evals(cfg.order, data, tokenizer, rows=cfg.test_rows, batch_size=8, **shared)
+    if cfg.general is not None:
+        evals += general_suite(data, tokenizer, rows=cfg.general, seed=cfg.seed)
     return Experiment(
         model=model,
         params=params,
         source=source,
         stages=olora_stages(cfg.order, data, tokenizer, rows=cfg.rows, **shared),
-        evals=olora_evals(cfg.order, data, tokenizer, rows=cfg.test_rows, batch_size=8, **shared),
+        evals=evals,
         methods=chosen,
         tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(cfg.learning_rate, weight_decay=0.0)),
         batch_size=cfg.batch_size,
