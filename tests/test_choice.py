@@ -46,7 +46,7 @@ def quiet(done: int, total: int) -> None:
 
 @pytest.fixture(scope="module")
 def view() -> View:
-    model = decoder(tiny(vocab=len(WORDS), layers=1, width=16, heads=2, kv_heads=1, mlp=32))
+    model = decoder(tiny(vocab=len(WORDS), layers=2))
     params = model.init(model.spec, jax.random.key(1))
     params = {k: v * 6 if "embed" in k else v * 5 if "attn/" in k else v for k, v in params.items()}
     return View(model).at(model.spec, params, {}, {}, Clock.at())
