@@ -74,7 +74,7 @@ def test_superni_keep_is_an_option_and_bounds_the_budget(folder):
     assert open_stream("superni/order_2", WORDS, options={"keep": 0}, **settings).keeps == NOTHING
     assert open_stream("superni/order_2", WORDS, options={"keep": 0.5}, **settings).keeps == Budget(examples=60)
     for bad in (2, -0.1, "all", True):
-        with pytest.raises(RequestError, match="option keep is .*; accepted: the share of all rows"):
+        with pytest.raises(RequestError, match=r"option keep is .*; accepted: the share of all rows"):
             open_stream("superni/order_2", WORDS, options={"keep": bad}, **settings)
     with pytest.raises(RequestError, match="unknown option 'kept' in stream 'superni/order_2'; did you mean 'keep'"):
         open_stream("superni/order_2", WORDS, options={"kept": 1}, **settings)
