@@ -89,6 +89,12 @@ def _streams() -> list[Row]:
     return _named(STREAMS)
 
 
+def _short_streams() -> list[Row]:
+    """For a terminal: of many stages (the steps of a stream of queries) the first and the last."""
+    few = [(r, r["stages"]) for r in _streams()]
+    return [r if len(s) <= 16 else r | {"stages": [s[0], "..", s[-1], f"({len(s)})"]} for r, s in few]
+
+
 def _models() -> list[Row]:
     from jaxcl.models.fetch import MODELS
 
@@ -156,7 +162,7 @@ class Table(NamedTuple):
 
 TABLES: dict[str, Table] = {
     "methods": Table(_methods, lambda: list(METHODS.values()), ("name", "kind", "group", "card", "paper")),
-    "streams": Table(_streams, _streams, ("name", "scenario", "stages", "metric", "regime", "card")),
+    "streams": Table(_streams, _short_streams, ("name", "scenario", "stages", "metric", "regime", "card")),
     "models": Table(_models, _models, ("name", "size", "license", "hub", "wheel")),
     "metrics": Table(_metrics, _metrics, ("name", "kind", "convention", "papers")),
     "experiments": Table(_experiments, _experiments, ("name", "about")),

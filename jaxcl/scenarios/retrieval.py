@@ -35,9 +35,7 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     for n, tested in enumerate(_evals(slices, asked, tokenizer, settings)):
         made[n] = dataclasses.replace(made[n], evals=tuple(e.id for e in tested[:1]))
         evals += [*tested[:1], *(dataclasses.replace(e, role="probe") for e in tested[1:])]
-    notes = {"leaks": leaks, "relevant documents that are not in the corpus": missing}
-    if settings.rows:
-        notes["relevant documents that are not in the corpus"] = len(missing)
+    notes = {"leaks": leaks, "judgements of documents that are not in the corpus": len(missing)}
     return Scenario(info, made, evals, share_of(made, settings, 0.0), {k: v for k, v in notes.items() if v})
 
 
@@ -49,14 +47,16 @@ def _cut(stages: Sequence[str], settings: Settings) -> tuple[Rows, list[dict[str
 
     docs, queries = corpus("cranfield", settings.data_dir)
     cut = sliced(docs, sorted(stages), settings.option("by", "id", BY))
+    if settings.rows is None:
+        return {name: cut[name] for name in stages}, queries
     wanted = {doc for query in queries for doc in query["relevant"]}
     out: Rows = {}
     for name in stages:
         found, other = ([d for d in cut[name] if (d["id"] in wanted) == is_wanted] for is_wanted in (True, False))
-        most = settings.rows
-        kept = subsample(found, most, settings.seed)
-        left = None if most is None else most - len(kept)
-        out[name] = kept + ([] if left == 0 else subsample(other, left, settings.seed))
+        kept = subsample(found, settings.rows, settings.seed) if found else []
+        left = settings.rows - len(kept)
+        chosen = {d["id"] for d in [*kept, *(subsample(other, left, settings.seed) if left else [])]}
+        out[name] = [doc for doc in cut[name] if doc["id"] in chosen]
     return out, queries
 
 
