@@ -269,3 +269,41 @@ def test_chosen_answers_leave_a_quarter_of_the_window():
     assert max(len(r["chosen"]) for r in chosen_that_fit(rows, WORDS, 40)) == 28
     with pytest.raises(RequestError, match="no chosen answer of 1 fits into 3/4 of 8 tokens"):
         chosen_that_fit(rows[20:21], WORDS, 8)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    for name, n in (("hh_harmless", 8), ("helpful_en", 4)):
+        rows = [pair(f"{name}-{i}", "yes " * (1 + i), f"Human: {name} {i}\n\nAssistant:") for i in range(n)]
+        write(folder, f"preference/{name}/train.jsonl.gz", rows)
+        write(folder, f"preference/{name}/test.jsonl.gz", [pair("t", "fine", f"Human: {name} 3\n\nAssistant: "), *(
+            pair(f"u{i}", "sure", f"Human: {name} test {i}\n\nAssistant:") for i in range(2))])  # fmt: skip
+    return folder
+
+
+def test_alignment_learns_chosen_answers_and_measures_both_objectives(pairs):
+    stream = open_stream("alignment/harmless_helpful", WORDS, data_dir=pairs, window=96)
+    assert [(s.name, len(s.train), s.evals) for s in stream.stages] == [
+        ("harmless", 7, ("harmless/accuracy",)), ("helpful", 3, ("helpful/accuracy",))
+    ], "the training pair whose prompt is a test prompt is left out"  # fmt: skip
+    assert {e.id: (e.n, e.role) for e in stream.evals} == {
+        f"{name}/{metric}": (3, role) for name in ("harmless", "helpful")
+        for metric, role in (("accuracy", "task"), ("accuracy_per_token", "probe"))
+    }  # fmt: skip
+    assert stream.keeps == Budget(examples=1)
+    turned = [tuple(s.name for s in open_stream("alignment/harmless_helpful", WORDS, data_dir=pairs, window=96,
+                                                order="random", seed=n).stages) for n in range(6)]  # fmt: skip
+    assert set(turned) == {("harmless", "helpful"), ("helpful", "harmless")}
+
+
+def test_the_reward_is_against_the_model_as_it_was_given(pairs):
+    """Before training the implicit reward is zero for every pair: nothing has changed."""
+    stream = open_stream("alignment/harmless_helpful", WORDS, data_dir=pairs, window=96, test_rows=2)
+    model = decoder(tiny(layers=1, width=16))
+    params = model.init(model.spec, jax.random.key(0))
+    made = {e.id: e for e in stream.against(model, params)}
+    assert set(made) == {f"{n}/reward/reward_{k}" for n in ("harmless", "helpful") for k in ("accuracy", "margin")}
+    view = View(model).at(model.spec, params, {}, {}, Clock.at())
+    margins = [i["score"] for i in made["harmless/reward/reward_margin"].run(view, NO_COUNT)]
+    assert margins == pytest.approx([0.0, 0.0], abs=1e-6)

@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.errors import RequestError, unknown
-from jaxcl.scenarios import editing, instruction, pretraining, refinement, retrieval, text_classification, tools
+from jaxcl.scenarios import (
+    alignment,
+    editing,
+    instruction,
+    pretraining,
+    refinement,
+    retrieval,
+    text_classification,
+    tools,
+)
 from jaxcl.scenarios.base import SCENARIOS, Scenario, Settings, StreamInfo
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
 
-_FILES = (pretraining, text_classification, instruction, editing, refinement, retrieval, tools)
+_FILES = (pretraining, text_classification, instruction, editing, refinement, alignment, retrieval, tools)
 STREAMS: dict[str, StreamInfo] = {info.name: info for file in _FILES for info in file.STREAMS}
 __all__ = ["SCENARIOS", "STREAMS", "Scenario", "Settings", "StreamInfo", "open_stream"]
 
