@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -224,11 +226,12 @@ def test_the_mean_reward_of_what_is_written(view):
 
     made = mean_reward("r", PAIRS, Bytes(), reward, window=64, max_new=6, batch_size=2)
     items = made.run(view, quiet)
-    for row, item in zip(PAIRS, items):
-        ids = np.array([list(row["prompt"].encode())], np.int32)
-        model = (view.model.apply, view.model.head, view.spec, view.params)
-        tokens, n = generate(*model, ids, np.array([ids.size]), max_new=6, stop_ids=(256,))
-        text = Bytes().decode(np.asarray(tokens)[0, : int(n[0])].tolist())
+    prompts = [list(row["prompt"].encode()) for row in PAIRS]
+    ids = np.stack([np.pad(np.int32(p), (0, 48 - len(p))) for p in prompts])
+    write = functools.partial(generate, max_new=6, stop_ids=(256,))
+    written = view.call(write, ids, np.array([len(p) for p in prompts], np.int32))
+    for row, item, tokens, n in zip(PAIRS, items, *map(np.asarray, written)):
+        text = Bytes().decode(tokens[:n].tolist())
         assert item == {"id": row["id"], "prediction": text, "score": float(len(text))}
     assert sorted(asked) == sorted((r["prompt"], i["prediction"]) for r, i in zip(PAIRS, items))
     with pytest.raises(RequestError, match="accepted: 2 finite numbers"):
