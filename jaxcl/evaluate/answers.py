@@ -57,7 +57,7 @@ class How(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """text: up to the first stop string. ids: all that was written, the end-of-sequence token left out."""
+    """text: up to the first stop string. ids: all that was written, but for the single token that ended it."""
 
     text: str
     ids: list[int]
