@@ -49,7 +49,8 @@ def written(call: Mapping[str, Any]) -> str:
 
 
 def read_calls(text: str) -> list[Call]:
-    """The calls in a written text, in order; arguments may also be named parameters, or be JSON inside a text."""
+    """The calls in a written text, in order; arguments may be JSON inside a text. A tool's description, which a
+    model may repeat, has parameters and is no call."""
     text, found, at = text[:MAX_TEXT], [], 0
     for _ in range(MAX_STARTS):
         at = text.find("{", at)
@@ -99,7 +100,7 @@ def _first_call(row: Mapping[str, Any], task: str) -> dict[str, Any]:
 def _call(value: Any) -> Call | None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    arguments = value.get("arguments", value.get("parameters"))
+    arguments = value.get("arguments")
     if isinstance(arguments, str):
         arguments = _parsed(arguments.strip())[0]
     return Call(value["name"].strip(), arguments) if isinstance(arguments, dict) else None
