@@ -160,8 +160,10 @@ def test_sampling_is_seeded_and_rows_do_not_depend_on_their_neighbours(view, log
     assert generation("t", tests, Bytes(), window=WIDTH)[0].hparams == {"max_new": 9, "temperature": 0.0}
 
 
-def test_nothing_is_compiled_again_for_other_weights(view):
+def test_nothing_is_compiled_again_for_other_weights_or_more_rows(view):
+    """So what is on the device at a time has one size, however many rows there are."""
     tests = rows(9)
+    many = [{**row, "id": f"{copy}/{row['id']}"} for copy in range(3) for row in tests]
     made = exact_match("t", tests, Bytes(), window=WIDTH, batch_size=4, max_new=8)
     again = exact_match("u", tests[::-1], Bytes(), window=WIDTH, batch_size=4, max_new=8)
     made.run(view, nothing)
@@ -169,6 +171,7 @@ def test_nothing_is_compiled_again_for_other_weights(view):
     view.at(view.spec, {k: v * 1.5 for k, v in view.params.items()}, {}, {}, view.clock)
     made.run(view, nothing)
     again.run(view, nothing)
+    assert len(exact_match("v", many, Bytes(), window=WIDTH, batch_size=4, max_new=8).run(view, nothing)) == 27
     assert (len(view._jitted), sum(f._cache_size() for f in view._jitted.values())) == before
     view.at(view.spec, {k: v / 1.5 for k, v in view.params.items()}, {}, {}, view.clock)
 
