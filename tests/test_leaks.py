@@ -117,6 +117,8 @@ def test_the_same_documents_give_the_same_pairs():
 def test_rows_that_repeat_a_test_row_are_dropped():
     rows = [{"id": "0", "q": "How?"}, {"id": "1", "q": "Why?"}]
     assert unrepeated(rows, ["WHY"], lambda row: row["q"]) == rows[:1]
+    assert unrepeated(rows, ["WHY"], lambda row: row["q"], allow=("near-duplicates",)) == rows[:1]
+    assert unrepeated(rows, ["WHY"], lambda row: row["q"], allow=("test-in-train",)) == rows
 
 
 def test_fifty_thousand_rows_take_seconds():

@@ -127,6 +127,11 @@ def test_every_group_learns_its_calls_and_a_part_of_the_talk(glaive):
     assert record["instruction"] == ASK and json.loads(record["target"])["name"] == "calculate_tip"
 
 
+def test_a_repeated_turn_stays_where_the_leak_is_allowed(glaive):
+    stream = opened(glaive, "tools/glaive", window=256, allow=("test-in-train",))
+    assert len(stream.stages[0].train) == 8 and stream.notes["leaks"]["test-in-train"]["count"] == 1
+
+
 def test_calls_are_the_tasks_and_talk_is_a_probe(glaive):
     stream = opened(glaive, "tools/glaive", window=256)
     tasks = [e.id for e in stream.evals if e.role == "task"]

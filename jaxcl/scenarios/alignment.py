@@ -26,7 +26,8 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     beta, data = settings.option("beta", 0.1), settings.data_dir
     tests = {name: preference_rows(_FOLDERS[name], "test", data) for name in stages}
     asked = [row["prompt"] for rows in tests.values() for row in rows]
-    trains = {name: unrepeated(preference_rows(_FOLDERS[name], "train", data), asked, _prompt) for name in stages}
+    trains = {name: preference_rows(_FOLDERS[name], "train", data) for name in stages}
+    trains = {name: unrepeated(rows, asked, _prompt, allow=settings.allow) for name, rows in trains.items()}
     texts = [{name: {r["id"]: r["prompt"] for r in rows} for name, rows in part.items()} for part in (trains, tests)]
     leaks = check(*texts, allow=settings.allow)
     fit = {name: chosen_that_fit(rows, tokenizer, settings.window) for name, rows in trains.items()}

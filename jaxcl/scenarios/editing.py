@@ -1,7 +1,8 @@
 """Knowledge editing: facts that the model has wrong, one after another or in batches. Scenario 9.
 
 Everything is measured in two readings, each under its own name: ``token`` (teacher-forced) and ``exact`` (written);
-the first of the option ``readings`` is the task's number, the other stands beside it.
+the first of the option ``readings`` is the task's number, others stand beside it. A third one, ``free``, waits for an
+end mark, which edits do not train.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 UPSTREAM_ROWS = 200
 STAGE = "edits"
+DEFAULT = ("token", "exact")
 _SUCCESS = {"edit_success": "edit", "paraphrase_success": "rephrase"}
 
 
@@ -61,7 +63,7 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
 
     settings.known(info, "batch", "readings")
     kind = _EDITS[info.name.partition("/")[2]]
-    readings = settings.option("readings", READINGS)
+    readings = settings.option("readings", DEFAULT)
     for by in readings:
         if by not in READINGS:
             raise unknown("reading of an edit's score", by, READINGS)
@@ -115,8 +117,8 @@ class _Asking(NamedTuple):
         if self.kind.metric == "perplexity":
             evals = [answer_perplexity(f"reliability_ppl{after}", edits, self.tokenizer, batch_size=size)]
         else:
-            evals = [correct(f"reliability_{by}{after}", edits, self.tokenizer, by=by, batch_size=size, role=role)
-                     for by, role in zip(readings, ("task", "probe"))]  # fmt: skip
+            evals = [correct(f"reliability_{by}{after}", edits, self.tokenizer, by=by, batch_size=size,
+                             role="probe" if n else "task") for n, by in enumerate(readings)]  # fmt: skip
         learned = (evals[0].id,)
         if wordings:
             evals += [correct(f"generality_{by}{after}", wordings, self.tokenizer, by=by, batch_size=size, role="probe")

@@ -122,7 +122,7 @@ def _pools(names: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> tu
     from jaxcl.data.leaks import unrepeated
 
     tests = [_asks(row) for name in names for row in _read(name, "test", settings)]
-    rows = {name: unrepeated(_read(name, "train", settings), tests, _asks) for name in names}
+    rows = {name: unrepeated(_read(name, "train", settings), tests, _asks, allow=settings.allow) for name in names}
     return fitting(rows, tokenizer, settings.template, settings.window)
 
 

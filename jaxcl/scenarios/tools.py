@@ -57,7 +57,7 @@ def _made(info: StreamInfo, learned: Rows, tests: Rows, tokenizer: Tokenizer, se
     from jaxcl.data.leaks import check, unrepeated
 
     asked = [row["input"] for rows in tests.values() for row in rows]
-    new = {name: unrepeated(rows, asked, lambda row: row["input"]) for name, rows in learned.items()}
+    new = {name: unrepeated(rows, asked, _said, allow=settings.allow) for name, rows in learned.items()}
     texts = [{name: {r["id"]: r["input"] for r in rows} for name, rows in part.items()} for part in (new, tests)]
     leaks = check(*texts, allow=settings.allow)
     fit, dropped = fitting(new, tokenizer, settings.template, settings.window, most=settings.rows, seed=settings.seed)
@@ -123,6 +123,10 @@ def _turns(dialogues: Sequence[dict[str, Any]], name: str, settings: Settings) -
     documented = settings.option("documented", False, (True, False))
     rows = [row for dialogue in dialogues for row in turns(dialogue, name)]
     return rows if documented else [row | {"instruction": ASK} for row in rows]
+
+
+def _said(row: dict[str, Any]) -> str:
+    return row["input"]
 
 
 def _glaive_texts(info: StreamInfo, stage: str, settings: Settings) -> list[str]:
