@@ -228,7 +228,7 @@ def test_stages_and_evals_of_text(folder):
 
 
 DATA = os.environ.get("JAXCL_DATA", "")
-TEXTS = [name for name in STREAMS if name.startswith("text/")]
+TEXTS = [name for name in STREAMS if name.startswith("text/") and not name.endswith(("_long", "programming"))]
 
 
 @pytest.mark.skipif(not Path(DATA, "text_domains").is_dir(), reason="needs the text folders in JAXCL_DATA")

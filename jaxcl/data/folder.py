@@ -69,14 +69,27 @@ def folder_evals(
 
 
 def instruct_stages(
-    rows: Mapping[str, Sequence[Row]], tokenizer: Tokenizer, *, window: int, template: Template | None = None
+    rows: Mapping[str, Sequence[Row]],
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+    template: Template | None = None,
+    label: Callable[[Row], str] | None = None,
+    evals: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Stage]:
-    """One stage per name over ``instruct`` rows, each teaching the eval of its name; see `folder_stages`."""
+    """One stage per name over ``instruct`` rows, each teaching the eval of its name; see `folder_stages`.
+
+    label: see `stage.instruct_source`. evals: {stage: ids of the evals it teaches}, where they are others.
+    """
     template = template or Template()
     tables = [target_table(records, template, tokenizer) for records in rows.values()]
     k = max((len(ids) for table in tables for ids in table.values()), default=0)
     return [
-        Stage(name, instruct_source(name, records, tokenizer, window=window, k=k, template=template), (name,))
+        Stage(
+            name,
+            instruct_source(name, records, tokenizer, window=window, k=k, template=template, label=label),
+            tuple(evals[name]) if evals else (name,),
+        )
         for name, records in rows.items()
     ]
 

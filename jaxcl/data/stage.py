@@ -95,8 +95,10 @@ def instruct_source(
     window: int,
     k: int | None = None,
     template: Template | None = None,
+    label: Callable[[dict[str, Any]], str] | None = None,
 ) -> Rows:
-    """Rows of the ``instruct`` schema. k: targets per row (default: the longest target here).
+    """Rows of the ``instruct`` schema. k: targets per row (default: the longest target here). label: what `Source.label`
+    says of a row (default: its target where it has labels, else the stage's name).
 
     RequestError, before anything is trained: a target longer than the window or than k, or a row whose
     instruction and options leave no room for it.
@@ -115,7 +117,7 @@ def instruct_source(
             prompts[i] = np.array(ids, np.int32)
         return encode(prompts[i], target, window, k, pad=tokenizer.pad_id, row=i)
 
-    return Rows(name, records, encode_row, lambda row: row["target"] if row.get("labels") else name)
+    return Rows(name, records, encode_row, label or (lambda row: row["target"] if row.get("labels") else name))
 
 
 def target_table(

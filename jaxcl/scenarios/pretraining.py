@@ -2,61 +2,184 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxcl.errors import unknown
+from jaxcl.errors import RequestError, unknown
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
+from jaxcl.scenarios.reading import Parts, Row, cleaned, examples, number, present
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
 
-_DOMAINS = "biomedical computer_science legal web wikipedia"
-_YEARS = "a stage trains on documents of its years; its eval holds out others of the same years"
-_TEXT = {  # folder, stages (of dated text: first..last year), scenario, card, doc
-    "domains": ("text_domains", _DOMAINS, "vertical", "cpt/continual-pretraining-m2d2", "abstracts, licences, web"),
-    "languages": ("text_languages/debian_guide", "en da sv de fr nl es", "language", "cpt/language-shift", "a manual"),
-    "language_shift": ("text_languages/ud", "en da is no", "language", "cpt/language-shift", "treebanks' sentences"),
-    "peps": ("text_dated/peps", "1996..2003 2004..2009 2010..2014 2015..2019 2020..2024", "temporal", "", _YEARS),
-    "state_union": ("text_dated/state_union", "1945..1959 1960..1974 1975..1989 1990..2002", "temporal", "", _YEARS),
-    "inaugural": ("text_dated/inaugural", "1789..1849 1850..1899 1900..1949 1950..1997", "temporal", "", _YEARS),
+REPLAY = 0.1
+"""Share of the older stages' rows that may be replayed, unless the option ``replay`` says another."""
+MEASURED = "bits per byte (nats per token from the same pass)"
+PROTOCOL = "held-out documents of every stage after each stage, beside the general suite where a run asks for it"
+KEEPS = f"replay of a share of the older stages' rows: option replay, {REPLAY} by default"
+
+
+class _Text(NamedTuple):
+    """folder: in front of the data names, or of the stages where there are none. stages: of dated text first..last
+    year."""
+
+    folder: str
+    stages: str
+    kind: str
+    card: str
+    doc: str
+    public: tuple[str, ...]
+    data: tuple[str, ...] = ()
+
+
+_SCIBERT, _FACTORY = "github:allenai/scibert", "github:hiyouga/LLaMA-Factory"
+_NLTK, _UD = "github:nltk/nltk_data", "github:UniversalDependencies/UD_English-EWT"
+_M2D2, _SHIFT, _DATED = "cpt/continual-pretraining-m2d2", "cpt/language-shift", "cpt/temporalwiki"
+_WEB = ("hf:allenai/c4", "hf:wikimedia/wikipedia")
+_GUIDE, _YEARS = "Debian package installation-guide-amd64", "a stage trains on documents of its years, never later ones"
+_LONG = {
+    "biomedical": "text_domains/biomedical",
+    "legal": "text_domains/legal",
+    "web": "text_domains/web",
+    "wikipedia": "text_domains/wikipedia",
+    "news": "olora_benchmark/agnews",
+    "reviews": "olora_benchmark/amazon + olora_benchmark/yelp",
+    "finance": "trace/FOMC + financial_phrasebank",
+    "code": "trace/Py150",
 }
+_MANUAL_THEN_CODE = {
+    "en": "text_languages/debian_guide/en",
+    "de": "text_languages/debian_guide/de",
+    "python": "trace/Py150",
+}
+_TEXT = {
+    "domains": _Text(
+        "text_domains", "biomedical computer_science legal web wikipedia", "vertical", _M2D2,
+        "abstracts, licences, web pages, encyclopaedia", (_SCIBERT, _FACTORY, *_WEB),
+    ),
+    "domains_long": _Text(
+        "", " ".join(_LONG), "vertical", _M2D2, "eight domains, from abstracts to source code",
+        (_SCIBERT, _FACTORY, *_WEB, "hf:fancyzhx/ag_news", "hf:Yelp/yelp_review_full", "github:zjwang21/TRACE"),
+        tuple(_LONG.values()),
+    ),
+    "languages": _Text(
+        "text_languages/debian_guide", "en da sv de fr nl es", "language", _SHIFT, "one manual in seven languages",
+        (_GUIDE,),
+    ),
+    "language_shift": _Text(
+        "text_languages/ud", "en da is no", "language", _SHIFT, "treebanks' sentences, English to Nordic languages",
+        (_UD,),
+    ),
+    "programming": _Text(
+        "", " ".join(_MANUAL_THEN_CODE), "language", _SHIFT, "two natural languages, then a programming language",
+        (_GUIDE, "github:zjwang21/TRACE"), tuple(_MANUAL_THEN_CODE.values()),
+    ),
+    "peps": _Text(
+        "text_dated/peps", "1996..2003 2004..2009 2010..2014 2015..2019 2020..2024", "temporal", _DATED,
+        "proposals for Python by the year they were made; their text may have been edited later", ("github:python/peps",),
+    ),
+    "state_union": _Text(
+        "text_dated/state_union", "1945..1959 1960..1974 1975..1989 1990..2002", "temporal", _DATED,
+        "speeches; " + _YEARS, (_NLTK,),
+    ),
+    "inaugural": _Text(
+        "text_dated/inaugural", "1789..1849 1850..1899 1900..1949 1950..1997", "temporal", _DATED,
+        "speeches over two centuries; " + _YEARS, (_NLTK,),
+    ),
+}  # fmt: skip
+
+
+def corpus_scenario(
+    info: StreamInfo, train: Parts, test: Parts, tokenizer: Tokenizer, settings: Settings, notes: Mapping[str, Any]
+) -> Scenario:
+    """Stages of blocks and two evals each, over ``text`` rows; rows of a stage are drawn by seed, as whole documents.
+
+    What may be held of the past is the option ``replay``: a share of the older stages' rows.
+    """
+    from jaxcl.data.blocks import text_source
+    from jaxcl.data.stage import Stage, subsample
+    from jaxcl.evaluate.held_out import held_out
+
+    stages, evals = [], []
+    for stage, learned in train.items():
+        documents = _shuffled(learned, settings.seed) if settings.rows else learned
+        size: dict[str, Any] = {"window": settings.window, "blocks": settings.rows}
+        source = text_source(stage, documents, tokenizer, separate=bool(settings.option("separate", False)), **size)
+        tests = subsample(test[stage], settings.test_rows, settings.seed)
+        made = held_out(stage, tests, tokenizer, window=settings.window, batch_size=settings.batch_size)
+        stages.append(Stage(stage, source, tuple(one.id for one in made)))
+        evals += made
+    share = number(settings, "replay", REPLAY, 0, 1)
+    keeps = examples(int(share * sum(len(stage.train) for stage in stages[:-1])))
+    return Scenario(info, stages, evals, keeps, {**notes, "replay": share})
+
+
+def check_dates(info: StreamInfo, train: Parts, settings: Settings) -> None:
+    """No future data: RequestError where stages are not in the order of time, or a document is of no year of its stage.
+
+    Stages are called by their year, '2020', or by the first and the last, '2015-2019'.
+    """
+    if settings.order != "given":
+        raise RequestError(f"order={settings.order!r}: stream {info.name!r} goes forward in time; accepted: given")
+    before = ""
+    for stage, rows in train.items():
+        low, _, high = stage.partition("-")
+        if not before < low <= (high or low):
+            raise RequestError(f"stream {info.name!r}: stage {stage!r} begins before {before!r} is over")
+        before = high or low
+        for row in rows:
+            if not low <= str(row.get("date", ""))[:4] <= before:
+                raise RequestError(
+                    f"stream {info.name!r}: row {row['id']!r} is of {row.get('date')!r}, not of stage {stage!r}"
+                )
 
 
 def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> Scenario:
-    from jaxcl.core.types import ALL
-    from jaxcl.data.named_stages import text_stages
+    settings.known(info, "replay", "separate")
+    train = {stage: _read(info, stage, "train", settings) for stage in stages}
+    test = {stage: _read(info, stage, "test", settings) for stage in stages}
+    train, notes = cleaned(train, test, lambda row: row["text"])
+    if info.scenario == "temporal domain":
+        check_dates(info, train, settings)
+    return corpus_scenario(info, train, test, tokenizer, settings, notes)
 
-    data = dict(zip(info.stages, info.data))
-    made, evals = text_stages(
-        {stage: data[stage] for stage in stages},
-        tokenizer,
-        window=settings.window,
-        data_dir=settings.data_dir,
-        blocks=settings.rows,
-        test_rows=settings.test_rows,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-    )
-    return Scenario(info, made, evals, ALL)
+
+def _read(info: StreamInfo, stage: str, split: str, settings: Settings) -> list[Row]:
+    from jaxcl.data.corpora import documents
+
+    return documents(dict(zip(info.stages, info.data))[stage], split, settings.data_dir)
+
+
+def _texts(info: StreamInfo, stage: str, settings: Settings) -> list[str]:
+    present(info, settings)
+    return [row["text"] for row in _read(info, stage, "train", settings)]
+
+
+def _shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
+    import numpy as np
+
+    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
 
 
 def _stream(name: str) -> StreamInfo:
-    folder, parts, kind, card, doc = _TEXT[name]
+    text = _TEXT[name]
+    parts = text.stages.split()
+    folders = [f"{text.folder}/date={part}" if ".." in part else f"{text.folder}/{part}" for part in parts]
     return StreamInfo(
         name=f"text/{name}",
-        scenario=f"{kind} domain",
-        stages=tuple(part.replace("..", "-") for part in parts.split()),
-        metric="bits per byte",
+        scenario=f"{text.kind} domain",
+        stages=tuple(part.replace("..", "-") for part in parts),
+        metric=MEASURED,
         regime="DIL",
-        card=card or "cpt/temporalwiki",
-        doc=doc,
+        card=text.card,
+        doc=text.doc,
         unit="documents of one domain, language or time, in blocks of tokens",
-        keeps="all",
-        protocol="held-out documents of every stage after each stage",
-        public=(),
-        data=tuple(f"{folder}/date={part}" if ".." in part else f"{folder}/{part}" for part in parts.split()),
+        keeps=KEEPS,
+        protocol=PROTOCOL,
+        public=text.public,
+        data=text.data or tuple(folders),
         build=_build,
+        texts=_texts,
     )
 
 
@@ -64,8 +187,8 @@ STREAMS = tuple(map(_stream, _TEXT))
 
 
 def stream_data(stream: str) -> dict[str, str]:
-    """{stage: data name} of a stream of text, 'text/domains'. RequestError: no such stream."""
-    known = {info.name: info for info in STREAMS}
+    """{stage: data name} of a stream whose stages are folders of text, 'text/domains'. RequestError: no such stream."""
+    known = {f"text/{name}": _stream(name) for name, text in _TEXT.items() if text.folder}
     if stream not in known:
         raise unknown("stream of text", stream, known)
     return dict(zip(known[stream].stages, known[stream].data, strict=True))
