@@ -5,7 +5,6 @@ Larson et al. 2019 (arXiv 1909.02027). Labels are global: after a stage a senten
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,8 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     all_groups = _groups(info, settings)
     groups = {stage: all_groups[stage] for stage in stages}
     test = of_group(_rows("test", settings), groups)
-    train, notes = cleaned(of_group(_rows("train", settings), groups), test, lambda row: row["input"])
+    train = of_group(_rows("train", settings), groups)
+    train, notes = cleaned(train, test, lambda row: row["input"], settings, drop=("test-in-train",))
     per_class = whole(settings, "per_class", PER_CLASS)
     return class_incremental(info, groups, train, test, tokenizer, settings, per_class=per_class, notes=notes)
 
@@ -56,15 +56,11 @@ def _domains(path: Path) -> dict[str, list[str]]:
 
 def _rows(split: str, settings: Settings) -> list[Row]:
     """Rows whose targets are the intents' names in words; no row lists its options, which would tell the stage."""
-    rows = _read(_folder(settings) / f"{split}.jsonl.gz")
-    return [row | {"instruction": QUESTION, "target": _words(row["target"])} for row in rows]
-
-
-@functools.lru_cache(maxsize=2)
-def _read(path: Path) -> tuple[Row, ...]:
     from jaxcl.data.jsonl import read_rows
 
-    return tuple(read_rows(path, "instruct"))
+    rows = read_rows(_folder(settings) / f"{split}.jsonl.gz", "instruct")
+    asked = {"task": "intents", "instruction": QUESTION}  # a row's own task is its domain
+    return [row | asked | {"target": _words(row["target"])} for row in rows]
 
 
 def _folder(settings: Settings) -> Path:

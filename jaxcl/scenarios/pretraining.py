@@ -138,9 +138,11 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     settings.known(info, "replay", "separate")
     train = {stage: _read(info, stage, "train", settings) for stage in stages}
     test = {stage: _read(info, stage, "test", settings) for stage in stages}
-    train, notes = cleaned(train, test, lambda row: row["text"])
-    if info.scenario == "temporal domain":
+    dated = info.scenario == "temporal domain"
+    if dated:
         check_dates(info, train, settings)
+    drop = ("near-duplicates",) if dated else ("test-in-train",)
+    train, notes = cleaned(train, test, lambda row: row["text"], settings, drop=drop)
     return corpus_scenario(info, train, test, tokenizer, settings, notes)
 
 

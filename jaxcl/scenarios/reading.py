@@ -35,20 +35,52 @@ def present(info: StreamInfo, settings: Settings) -> None:
             )
 
 
-def plain(text: str) -> str:
-    """Case, punctuation and white space do not make two texts different."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+def cleaned(
+    train: Parts,
+    test: Parts,
+    text: Callable[[Row], str],
+    settings: Settings,
+    *,
+    drop: Sequence[str] = (),
+    near: bool = False,
+) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    """(training rows without leaks, notes on what was dropped or allowed); see `data.leaks`.
 
-
-def cleaned(train: Parts, test: Parts, text: Callable[[Row], str]) -> tuple[dict[str, list[Row]], dict[str, Any]]:
-    """(training rows without those that repeat a test row of any stage, notes on how many were dropped).
-
-    Public benchmarks leak here and there; rows are the same where `plain` makes their ``text`` equal.
+    drop: kinds of leaks that the public data is known to have; the training rows in question are left out, of two stages'
+    the later one's, unless the kind is allowed. near: near-duplicates are looked for too. RequestError: any other leak
+    that ``settings.allow`` does not name.
     """
-    tested = {plain(text(row)) for rows in test.values() for row in rows} - {""}
-    kept = {stage: [row for row in rows if plain(text(row)) not in tested] for stage, rows in train.items()}
-    dropped = {stage: len(train[stage]) - len(rows) for stage, rows in kept.items() if len(rows) < len(train[stage])}
-    return kept, {"training rows dropped that repeat a test row": dropped} if dropped else {}
+    from jaxcl.data import leaks
+
+    kept = {stage: list(rows) for stage, rows in train.items()}
+    drop = [kind for kind in drop if kind not in settings.allow]
+    if "test-in-train" in drop:
+        tests = [text(row) for rows in test.values() for row in rows]
+        kept = {stage: leaks.unrepeated(rows, tests, text) for stage, rows in kept.items()}
+    if "near-duplicates" in drop:
+        kept, near = _without_near(kept, test, text), False
+    notes: dict[str, Any] = {}
+    if gone := {stage: len(train[stage]) - len(rows) for stage, rows in kept.items() if len(rows) < len(train[stage])}:
+        notes["dropped from training"] = {"leaks": drop, "rows": gone}
+    if near or "test-in-train" not in drop:
+        found = leaks.check(_texts(kept, text), _texts(test, text), near=near, allow=settings.allow)
+        notes |= {"leaks allowed": found} if found else {}
+    return kept, notes
+
+
+def _without_near(train: Parts, test: Parts, text: Callable[[Row], str]) -> dict[str, list[Row]]:
+    """Training rows that are nearly none of a test row, and none of an earlier stage's."""
+    from jaxcl.data.leaks import near_duplicates
+
+    own = {(stage, row["id"]) for stage, rows in train.items() for row in rows}
+    tested = {(stage, row["id"]) for stage, rows in test.items() for row in rows} - own
+    pairs = near_duplicates(_texts(train, text), _texts(test, text))
+    drop = {(b, its) if (a, one) in tested else (a, one) for a, one, b, its in pairs}
+    return {stage: [row for row in rows if (stage, row["id"]) not in drop] for stage, rows in train.items()}
+
+
+def _texts(parts: Parts, text: Callable[[Row], str]) -> dict[str, dict[str, str]]:
+    return {stage: {row["id"]: text(row) for row in rows} for stage, rows in parts.items()}
 
 
 def examples(count: int) -> Budget:

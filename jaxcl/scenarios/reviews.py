@@ -30,7 +30,8 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
 
     settings.known(info, "per_class")
     test = {stage: _rows(stage, "test", settings) for stage in stages}
-    train, notes = cleaned({s: _rows(s, "train", settings) for s in stages}, test, lambda row: row["input"])
+    train = {stage: _rows(stage, "train", settings) for stage in stages}
+    train, notes = cleaned(train, test, lambda row: row["input"], settings)
     labels = {row["target"] for rows in train.values() for row in rows}
     keeps = examples(whole(settings, "per_class", PER_CLASS) * len(labels))
     train = {stage: subsample(rows, settings.rows, settings.seed) for stage, rows in train.items()}

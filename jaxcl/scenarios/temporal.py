@@ -39,8 +39,8 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
         train[year] = [_document(row) for row in rows if row["id"] not in held]
         test[year] = [_document(row) for row in rows if row["id"] in held]
         asked[f"new/{year}"] = [row for row in rows if row["id"] not in held]
-    train, notes = cleaned(train, test, lambda row: row["text"])
     check_dates(info, train, settings)
+    train, notes = cleaned(train, test, lambda row: row["text"], settings, drop=("near-duplicates", "test-in-train"))
     known = [row for row in _read(root / "lama_pararel" / "test.jsonl.gz") if row.get("stable")]
     changed = _read(root / "situatedqa_temp" / "updated_pairs.jsonl.gz")
     made = corpus_scenario(info, train, test, tokenizer, settings, {**notes, "probes": "stand-ins for CKL's sets"})

@@ -1,0 +1,50 @@
+"""Named entities for streams: sentences cut into disjoint slices, and labels of other stages' types taken away.
+
+Rows of the ``ner`` schema (tokens with BIO tags): ``ner/<domain>/{train,dev,test}.jsonl.gz`` in the data directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcl.data.jsonl import data_folder, read_rows
+
+FOLDER = "ner"
+Row = dict[str, Any]
+
+
+def ner_rows(domain: str, split: str, data_dir: str | Path | None = None) -> list[Row]:
+    """The rows of a domain's split, checked. RequestError: no such file, malformed rows."""
+    return read_rows(data_folder(FOLDER, data_dir) / domain / f"{split}.jsonl.gz", "ner")
+
+
+def types_of(rows: Sequence[Row]) -> list[str]:
+    """All entity types that occur, sorted."""
+    return sorted({tag[2:] for row in rows for tag in row["tags"] if tag != "O"})
+
+
+def only(row: Row, types: Collection[str]) -> Row:
+    """The row in which entities of other types are no entities: their tags are O."""
+    return row | {"tags": [tag if tag[2:] in types else "O" for tag in row["tags"]]}
+
+
+def sliced(rows: Sequence[Row], groups: Mapping[str, Collection[str]], seed: int) -> dict[str, list[Row]]:
+    """{stage: its slice of the rows}, disjoint, all rows used; groups: {stage: its types}.
+
+    Sentences are taken in an order drawn by ``seed``, those with a type that fewer sentences have first. Each goes to
+    the stage with the fewest sentences so far among those that have one of its types; one without any entity of the
+    stages' types to the stage with the fewest of all. Rows of a stage stay in their old order, their tags as they were.
+    """
+    found = [set(types_of([row])) for row in rows]
+    counts = {t: sum(t in types for types in found) for types in groups.values() for t in types}
+    rarest = [min((counts[t] for t in types if t in counts), default=len(rows) + 1) for types in found]
+    drawn = np.random.default_rng([seed, 14]).permutation(len(rows))
+    slices: dict[str, list[int]] = {stage: [] for stage in groups}
+    for i in sorted(drawn, key=lambda i: rarest[i]):  # stable: ties stay as drawn
+        wanting = [stage for stage, types in groups.items() if found[i] & set(types)] or list(groups)
+        slices[min(wanting, key=lambda stage: len(slices[stage]))].append(int(i))
+    return {stage: [rows[i] for i in sorted(chosen)] for stage, chosen in slices.items()}
