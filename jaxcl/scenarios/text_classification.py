@@ -48,7 +48,7 @@ STREAMS = tuple(
         unit="one data set",
         keeps="all",
         protocol="the test set of every task after each stage; several orders",
-        public=(),
+        public=("github:cmnfriend/O-LoRA",),
         data=("olora_benchmark",),
         build=_build,
     )
