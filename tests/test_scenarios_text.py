@@ -104,13 +104,13 @@ def test_domains_are_stages_of_blocks_with_their_share_to_keep(domains):
     older = sum(len(stage.train) for stage in made.stages[:-1])
     assert made.keeps == Budget(examples=older // 10)
     for share, keeps in ((0, NOTHING), (1, Budget(examples=older)), (0.25, Budget(examples=older // 4))):
-        options = {"replay": share}
+        options = {"keep": share}
         assert open_stream("text/domains", BYTES, data_dir=domains, window=64, options=options).keeps == keeps
     assert not ALL.within(made.keeps)
-    with pytest.raises(RequestError, match="option replay is 1.5; accepted: a number from 0 to 1"):
-        open_stream("text/domains", BYTES, data_dir=domains, options={"replay": 1.5})
-    with pytest.raises(RequestError, match="unknown option 'replays' in stream 'text/domains'; did you mean 'replay'"):
-        open_stream("text/domains", BYTES, data_dir=domains, options={"replays": 1})
+    with pytest.raises(RequestError, match="option keep is 1.5; accepted: a number from 0 to 1"):
+        open_stream("text/domains", BYTES, data_dir=domains, options={"keep": 1.5})
+    with pytest.raises(RequestError, match="unknown option 'keeps' in stream 'text/domains'; did you mean 'keep'"):
+        open_stream("text/domains", BYTES, data_dir=domains, options={"keeps": 1})
 
 
 def test_rows_are_drawn_by_seed_and_orders_are_bijections(domains):

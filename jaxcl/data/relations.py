@@ -52,7 +52,7 @@ def clusters(data_dir: str | Path | None = None) -> list[list[str]]:
     path = data_folder(FOLDER, data_dir) / "relations.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        names = {str(one["name"]) for one in found["relations"]}
+        names = [str(one["name"]) for one in found["relations"]]
         groups = [[str(name) for name in group] for group in found["task_clusters"]]
     except FileNotFoundError as error:
         raise RequestError(f"no data file {path}, which names the relations and their groups") from error
@@ -60,6 +60,6 @@ def clusters(data_dir: str | Path | None = None) -> list[list[str]]:
         raise RequestError(
             f"{path}: expected relations with names, and task_clusters ({type(error).__name__}: {error})"
         ) from error
-    if {name for group in groups for name in group} != names:
-        raise RequestError(f"{path}: task_clusters do not hold the relations' names, each once")
+    if sorted(name for group in groups for name in group) != sorted(set(names)) or list(map(len, groups)) != [10] * 8:
+        raise RequestError(f"{path}: task_clusters are not eight groups of ten of the relations' names, each once")
     return groups

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from jaxcl.errors import RequestError
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
 from jaxcl.scenarios.classes import Groups, class_incremental, grouped, of_group
-from jaxcl.scenarios.reading import Row, cleaned, present, whole
+from jaxcl.scenarios.reading import Row, cleaned, whole
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
@@ -74,7 +74,6 @@ def _words(name: str) -> str:
 
 
 def _texts(info: StreamInfo, stage: str, settings: Settings) -> list[str]:
-    present(info, settings)
     classes = set(_groups(info, settings)[stage])
     return [row["input"] for row in _rows("train", settings) if row["target"] in classes]
 

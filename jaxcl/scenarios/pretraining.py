@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxcl.errors import RequestError, unknown
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
-from jaxcl.scenarios.reading import Parts, Row, cleaned, examples, number, present
+from jaxcl.scenarios.reading import Parts, Row, cleaned, examples, number
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
 
-REPLAY = 0.1
-"""Share of the older stages' rows that may be replayed, unless the option ``replay`` says another."""
+SHARE = 0.1
+"""Share of the older stages' rows that may be replayed, unless the option ``keep`` says another."""
 MEASURED = "bits per byte (nats per token from the same pass)"
 PROTOCOL = "held-out documents of every stage after each stage, beside the general suite where a run asks for it"
-KEEPS = f"replay of a share of the older stages' rows: option replay, {REPLAY} by default"
+KEEPS = f"replay of a share of the older stages' rows: option keep, {SHARE} by default"
 
 
 class _Text(NamedTuple):
@@ -94,7 +94,7 @@ def corpus_scenario(
 ) -> Scenario:
     """Stages of blocks and two evals each, over ``text`` rows; rows of a stage are drawn by seed, as whole documents.
 
-    What may be held of the past is the option ``replay``: a share of the older stages' rows.
+    What may be held of the past is the option ``keep``: a share of the older stages' rows.
     """
     from jaxcl.data.blocks import text_source
     from jaxcl.data.stage import Stage, subsample
@@ -109,9 +109,9 @@ def corpus_scenario(
         made = held_out(stage, tests, tokenizer, window=settings.window, batch_size=settings.batch_size)
         stages.append(Stage(stage, source, tuple(one.id for one in made)))
         evals += made
-    share = number(settings, "replay", REPLAY, 0, 1)
+    share = number(settings, "keep", SHARE, 0, 1)
     keeps = examples(int(share * sum(len(stage.train) for stage in stages[:-1])))
-    return Scenario(info, stages, evals, keeps, {**notes, "replay": share})
+    return Scenario(info, stages, evals, keeps, {**notes, "keep": share})
 
 
 def check_dates(info: StreamInfo, train: Parts, settings: Settings) -> None:
@@ -135,7 +135,7 @@ def check_dates(info: StreamInfo, train: Parts, settings: Settings) -> None:
 
 
 def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> Scenario:
-    settings.known(info, "replay", "separate")
+    settings.known(info, "keep", "separate")
     train = {stage: _read(info, stage, "train", settings) for stage in stages}
     test = {stage: _read(info, stage, "test", settings) for stage in stages}
     dated = info.scenario == "temporal domain"
@@ -153,7 +153,6 @@ def _read(info: StreamInfo, stage: str, split: str, settings: Settings) -> list[
 
 
 def _texts(info: StreamInfo, stage: str, settings: Settings) -> list[str]:
-    present(info, settings)
     return [row["text"] for row in _read(info, stage, "train", settings)]
 
 

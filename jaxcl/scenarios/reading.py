@@ -1,15 +1,12 @@
-"""What the builders of streams share: data that is absent, test rows that stand in training data, shares of rows."""
+"""What the builders of streams share: training rows without leaks, options that are numbers, budgets of rows."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.errors import RequestError
-from jaxcl.scenarios.base import Settings, StreamInfo
+from jaxcl.scenarios.base import Settings
 
 if TYPE_CHECKING:
     from jaxcl.core.types import Budget
@@ -17,22 +14,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Parts = Mapping[str, Sequence[Row]]
 """{stage: its rows}."""
-
-
-def present(info: StreamInfo, settings: Settings) -> None:
-    """RequestError, naming the folder and the public source, where data of a stream is not in the data directory."""
-    root = settings.data_dir if settings.data_dir is not None else os.environ.get("JAXCL_DATA")
-    source = f"; stream {info.name!r}, public source: {', '.join(info.public) or 'none'}"
-    for name in (part for data in info.data for part in data.split(" + ")):
-        folder = re.split(r":|/\w+=", name)[0]  # without a split and without filters
-        if not root:
-            raise RequestError(
-                f"no data directory: --data or JAXCL_DATA must name the folder that holds {folder}/{source}"
-            )
-        if not (Path(root) / folder).exists():
-            raise RequestError(
-                f"no folder {Path(root) / folder}; --data or JAXCL_DATA must name the one that holds {folder}/{source}"
-            )
 
 
 def cleaned(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
 from jaxcl.scenarios.classes import Groups, class_incremental, grouped, of_group
-from jaxcl.scenarios.reading import Row, cleaned, present, whole
+from jaxcl.scenarios.reading import Row, cleaned, whole
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
@@ -52,7 +52,6 @@ def _groups(info: StreamInfo, settings: Settings) -> Groups:
 
 
 def _texts(info: StreamInfo, stage: str, settings: Settings) -> list[str]:
-    present(info, settings)
     classes = set(_groups(info, settings)[stage])
     return [row["input"] for row in _train(info, settings) if row["target"] in classes]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
-from jaxcl.scenarios.reading import Row, cleaned, examples, present, whole
+from jaxcl.scenarios.reading import Row, cleaned, examples, whole
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
@@ -53,7 +53,6 @@ def _rows(stage: str, split: str, settings: Settings) -> list[Row]:
 
 
 def _texts(info: StreamInfo, stage: str, settings: Settings) -> list[str]:
-    present(info, settings)
     return [row["input"] for row in _rows(stage, "train", settings)]
 
 

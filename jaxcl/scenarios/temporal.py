@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 YEARS = ("2020", "2021", "2022", "2023", "2024", "2025")
 HELD_OUT = 10
 """One of so many documents of a year is held out to be measured; its questions are asked of no one."""
+QUESTION = "Question: {prompt}\nAnswer:"
 INVARIANT, UPDATED, NEWS = "probes/lama_pararel", "probes/situatedqa_temp", "probes/realtimeqa"
 
 
 def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> Scenario:
     from jaxcl.data.jsonl import data_folder
 
-    settings.known(info, "replay", "separate")
+    settings.known(info, "keep", "separate")
     root = data_folder("probes", settings.data_dir)
     asked: dict[str, list[Row]] = {}
     train: dict[str, list[Row]] = {}
@@ -49,14 +50,16 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
 
 
 def _probes(sets: dict[str, list[Row]], tokenizer: Tokenizer, settings: Settings) -> list[Eval]:
-    """One eval a set: does the greedy continuation, read by its exact match, give one of the answers?"""
+    """One eval a set: whether the greedy continuation is one of the answers, of a cloze as it stands or of a question."""
     from jaxcl.data.stage import subsample
-    from jaxcl.evaluate.probes import probe
+    from jaxcl.evaluate.probes import probes
 
+    size = {"window": settings.window, "batch_size": settings.batch_size}
     found: list[Eval] = []
     for name, rows in sets.items():
+        frame = "{prompt}" if name == "invariant" else QUESTION
         drawn = subsample(rows, settings.test_rows, settings.seed)
-        found += probe(name, drawn, tokenizer, window=settings.window, batch_size=settings.batch_size, role="probe")
+        found += probes(name, drawn, tokenizer, metrics=("exact_match",), frame=frame, role="probe", **size)
     return found
 
 
@@ -100,7 +103,8 @@ STREAMS = (
         keeps=KEEPS,
         protocol="held-out news of past, present and coming years and all probes after each stage; FUAR",
         public=("github:realtimeqa/realtimeqa_public", "github:yanaiela/pararel", "github:mikejqzhang/SituatedQA"),
-        data=(NEWS, INVARIANT, UPDATED),
+        data=(NEWS, QUESTION = "Question: {prompt}\nAnswer:"
+INVARIANT, UPDATED),
         build=_build,
     ),
 )

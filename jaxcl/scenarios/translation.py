@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
-from jaxcl.scenarios.reading import Row, cleaned, examples, number, present
+from jaxcl.scenarios.reading import Row, cleaned, examples, number
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.base import Eval
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FOLDER = "translation/multi30k"
 DIRECTIONS = ("en-de", "en-fr", "de-fr", "de-en", "fr-en", "fr-de")
-REPLAY = 0.1
+SHARE = 0.1
 
 
 def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> Scenario:
@@ -26,7 +26,7 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     from jaxcl.data.stage import subsample
     from jaxcl.data.translation import directed
 
-    settings.known(info, "replay", "zero_shot")
+    settings.known(info, "keep", "zero_shot")
     train, test = _rows("train", settings), _rows("test", settings)
     notes: dict[str, Any] = {}
     for language in ("en", "de", "fr"):
@@ -45,7 +45,7 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
         template=settings.template,
         evals={d: [one.id for one in both] for d, both in evals.items()},
     )
-    share = number(settings, "replay", REPLAY, 0, 1)
+    share = number(settings, "keep", SHARE, 0, 1)
     keeps = examples(int(share * sum(len(stage.train) for stage in made[:-1])))
     return Scenario(info, made, [*(one for both in evals.values() for one in both), *probes], keeps, notes)
 
@@ -74,7 +74,6 @@ def _rows(split: str, settings: Settings) -> list[Row]:
 
 def _texts(info: StreamInfo, stage: str, settings: Settings) -> list[str]:
     """Both sides of a direction: directions that share a language are alike."""
-    present(info, settings)
     source, _, target = stage.partition("-")
     return [row[side] for row in _rows("train", settings) for side in (source, target)]
 
@@ -89,7 +88,7 @@ def _stream(name: str, stages: Sequence[str], doc: str) -> StreamInfo:
         card="cft/continual-machine-translation",
         doc=doc,
         unit="one direction of translation",
-        keeps=f"replay of a share of the older directions' rows: option replay, {REPLAY} by default",
+        keeps=f"replay of a share of the older directions' rows: option keep, {SHARE} by default",
         protocol="every direction after each stage; directions that no stage teaches as probes (option zero_shot)",
         public=("github:multi30k/dataset", "hf:bentrevett/multi30k"),
         data=(FOLDER,),
