@@ -160,7 +160,7 @@ def test_what_intents_refuse(clinc, tmp_path):
     ):
         with pytest.raises(RequestError, match=message):
             open_stream("intent/clinc150", BYTES, data_dir=clinc, options=options)
-    with pytest.raises(RequestError, match=r"no folder \S+/intent/clinc150; .* public source: hf:clinc/clinc_oos, tfds:"):
+    with pytest.raises(RequestError, match=r"no \S+/intent/clinc150; .* it is hf:clinc/clinc_oos, tfds:"):
         open_stream("intent/clinc150", BYTES, data_dir=tmp_path)
     folder = tmp_path / "intent" / "clinc150"
     folder.mkdir(parents=True)

@@ -168,7 +168,7 @@ def test_near_duplicates_over_time_slices_are_dropped(speeches):
 
 
 def test_absent_and_malformed_data_is_one_line(domains, monkeypatch):
-    with pytest.raises(RequestError, match=r"no folder \S+/text_languages/ud/en; .*public source: github:Universal"):
+    with pytest.raises(RequestError, match=r"no \S+/text_languages/ud/en; .* in public it is github:Universal"):
         open_stream("text/language_shift", BYTES, data_dir=domains)
     monkeypatch.delenv("JAXCL_DATA", raising=False)
     with pytest.raises(RequestError, match="no data directory: .* that holds text_languages/ud/en/"):
