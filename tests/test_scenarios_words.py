@@ -116,4 +116,4 @@ def test_the_real_sentences_are_sliced_whole():
     found = sliced(rows, {t: [t] for t in ("person", "location", "organisation", "misc")}, seed=0)
     assert sum(map(len, found.values())) == len(rows) == 3000
     for name, part in found.items():
-        assert abs(len(part) - 750) <= 60 and any(name in types_of([row]) for row in part)
+        assert len(part) == 750 and any(name in types_of([row]) for row in part)

@@ -35,16 +35,14 @@ def only(row: Row, types: Collection[str]) -> Row:
 def sliced(rows: Sequence[Row], groups: Mapping[str, Collection[str]], seed: int) -> dict[str, list[Row]]:
     """{stage: its slice of the rows}, disjoint, all rows used; groups: {stage: its types}.
 
-    Sentences are taken in an order drawn by ``seed``, those with a type that fewer sentences have first. Each goes to
-    the stage with the fewest sentences so far among those that have one of its types; one without any entity of the
-    stages' types to the stage with the fewest of all. Rows of a stage stay in their old order, their tags as they were.
+    Sentences are taken in an order drawn by ``seed``, those that fewer stages can use first. Each goes to the stage with
+    the fewest sentences so far among those that have one of its types; one without any entity of the stages' types comes
+    last and goes to the stage with the fewest of all. A slice keeps the rows' order, and their tags as they are.
     """
     found = [set(types_of([row])) for row in rows]
-    counts = {t: sum(t in types for types in found) for types in groups.values() for t in types}
-    rarest = [min((counts[t] for t in types if t in counts), default=len(rows) + 1) for types in found]
+    wanting = [[stage for stage, types in groups.items() if own & set(types)] for own in found]
     drawn = np.random.default_rng([seed, 14]).permutation(len(rows))
     slices: dict[str, list[int]] = {stage: [] for stage in groups}
-    for i in sorted(drawn, key=lambda i: rarest[i]):  # stable: ties stay as drawn
-        wanting = [stage for stage, types in groups.items() if found[i] & set(types)] or list(groups)
-        slices[min(wanting, key=lambda stage: len(slices[stage]))].append(int(i))
+    for i in sorted(drawn, key=lambda i: len(wanting[i]) or len(groups) + 1):  # stable: ties stay as drawn
+        slices[min(wanting[i] or groups, key=lambda stage: len(slices[stage]))].append(int(i))
     return {stage: [rows[i] for i in sorted(chosen)] for stage, chosen in slices.items()}
