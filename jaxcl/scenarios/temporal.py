@@ -103,8 +103,7 @@ STREAMS = (
         keeps=KEEPS,
         protocol="held-out news of past, present and coming years and all probes after each stage; FUAR",
         public=("github:realtimeqa/realtimeqa_public", "github:yanaiela/pararel", "github:mikejqzhang/SituatedQA"),
-        data=(NEWS, QUESTION = "Question: {prompt}\nAnswer:"
-INVARIANT, UPDATED),
+        data=(NEWS, INVARIANT, UPDATED),
         build=_build,
     ),
 )
