@@ -171,7 +171,7 @@ def test_absent_and_malformed_data_is_one_line(domains, monkeypatch):
     with pytest.raises(RequestError, match=r"no \S+/text_languages/ud/en; .* in public it is github:Universal"):
         open_stream("text/language_shift", BYTES, data_dir=domains)
     monkeypatch.delenv("JAXCL_DATA", raising=False)
-    with pytest.raises(RequestError, match="no data directory: .* that holds text_languages/ud/en/"):
+    with pytest.raises(RequestError, match="no data directory; .* that holds text_languages/ud/en/"):
         open_stream("text/language_shift", BYTES)
     path = domains / "text_domains" / "web" / "train.jsonl"
     write(path, [{"id": "a", "text": "fine"}, {"id": "b", "txt": "?"}])
