@@ -30,7 +30,8 @@ def write(path: Path, rows: list) -> None:
 
 def told(stage: str, split: str, n: int) -> list[dict]:
     """Documents whose words nobody shares."""
-    return [{"id": f"{stage}-{split}-{i}", "text": f"{stage} {split} {i} " + f"w{i}{stage}{split} " * 6} for i in range(n)]
+    found = [(f"{stage}-{split}-{i}", f"{stage} {split} {i} " + f"w{i}{stage}{split} " * 6) for i in range(n)]
+    return [{"id": name, "text": text} for name, text in found]
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_domains_are_stages_of_blocks_with_their_share_to_keep(domains):
         options = {"keep": share}
         assert open_stream("text/domains", BYTES, data_dir=domains, window=64, options=options).keeps == keeps
     assert not ALL.within(made.keeps)
-    with pytest.raises(RequestError, match="option keep is 1.5; accepted: a number from 0 to 1"):
+    with pytest.raises(RequestError, match=r"option keep is 1\.5; accepted: a number from 0 to 1"):
         open_stream("text/domains", BYTES, data_dir=domains, options={"keep": 1.5})
     with pytest.raises(RequestError, match="unknown option 'keeps' in stream 'text/domains'; did you mean 'keep'"):
         open_stream("text/domains", BYTES, data_dir=domains, options={"keeps": 1})
@@ -122,7 +123,7 @@ def test_rows_are_drawn_by_seed_and_orders_are_bijections(domains):
     assert first == again and first[0] != other[0] and first[1] == [2] * 10
     random = read(order="random", seed=3)[0]
     assert sorted(random) == sorted(DOMAINS) and list(random) != list(DOMAINS)
-    assert list(read(order="similarity")[0])[0] == DOMAINS[0]
+    assert next(iter(read(order="similarity")[0])) == DOMAINS[0]
 
 
 def test_leaks_that_are_known_are_dropped_counted_or_allowed_by_name(domains):
@@ -171,7 +172,7 @@ def test_absent_and_malformed_data_is_one_line(domains, monkeypatch):
     with pytest.raises(RequestError, match=r"no \S+/text_languages/ud/en; .* in public it is github:Universal"):
         open_stream("text/language_shift", BYTES, data_dir=domains)
     monkeypatch.delenv("JAXCL_DATA", raising=False)
-    with pytest.raises(RequestError, match="no data directory; .* that holds text_languages/ud/en/"):
+    with pytest.raises(RequestError, match=r"no data directory; .* that holds text_languages/ud/en/"):
         open_stream("text/language_shift", BYTES)
     path = domains / "text_domains" / "web" / "train.jsonl"
     write(path, [{"id": "a", "text": "fine"}, {"id": "b", "txt": "?"}])
@@ -200,7 +201,8 @@ def test_the_real_streams_open(name):
 def test_the_parallel_manual_leaks_four_test_chunks_and_they_are_dropped():
     found = {}
     for stage in STREAMS["text/languages"].stages:
-        with gzip.open(Path(DATA, "text_languages/debian_guide", stage, "test.jsonl.gz"), "rt", encoding="utf-8") as file:
+        place = Path(DATA, "text_languages/debian_guide", stage, "test.jsonl.gz")
+        with gzip.open(place, "rt", encoding="utf-8") as file:
             tests = {"".join(filter(str.isalnum, json.loads(line)["text"].casefold())) for line in file}
         for other in STREAMS["text/languages"].stages:
             place = Path(DATA, "text_languages/debian_guide", other, "train.jsonl.gz")

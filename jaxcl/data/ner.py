@@ -35,8 +35,8 @@ def only(row: Row, types: Collection[str]) -> Row:
 def sliced(rows: Sequence[Row], groups: Mapping[str, Collection[str]], seed: int) -> dict[str, list[Row]]:
     """{stage: its slice of the rows}, disjoint, all rows used; groups: {stage: its types}.
 
-    Sentences are taken in an order drawn by ``seed``, those that fewer stages can use first. Each goes to the stage with
-    the fewest sentences so far among those that have one of its types; one without any entity of the stages' types comes
+    Sentences are taken in an order drawn by ``seed``, those that fewer stages can use first. Each goes to the stage
+    with the fewest sentences so far among those whose types it has; one without any entity of the stages' types comes
     last and goes to the stage with the fewest of all. A slice keeps the rows' order, and their tags as they are.
     """
     found = [set(types_of([row])) for row in rows]

@@ -41,10 +41,8 @@ def marked(row: Row) -> str:
         raise RequestError(f"row {row['id']!r}: head {[a, b]} and tail {[c, d]} overlap; accepted: two apart")
     before = {a: "[head]", c: "[tail]"}
     after = {b - 1: "[/head]", d - 1: "[/tail]"}
-    words = [
-        part for i, token in enumerate(row["tokens"]) for part in (before.get(i), token, after.get(i)) if part is not None
-    ]
-    return " ".join(words)
+    words = [(before.get(i), token, after.get(i)) for i, token in enumerate(row["tokens"])]
+    return " ".join(part for word in words for part in word if part is not None)
 
 
 def clusters(data_dir: str | Path | None = None) -> list[list[str]]:

@@ -97,8 +97,8 @@ def instruct_source(
     template: Template | None = None,
     label: Callable[[dict[str, Any]], str] | None = None,
 ) -> Rows:
-    """Rows of the ``instruct`` schema. k: targets per row (default: the longest target here). label: what `Source.label`
-    says of a row (default: its target where it has labels, else the stage's name).
+    """Rows of the ``instruct`` schema. k: targets per row (default: the longest target here). label: what
+    `Source.label` says of a row (default: its target where it has labels, else the stage's name).
 
     RequestError, before anything is trained: a target longer than the window or than k, or a row whose
     instruction and options leave no room for it.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxcl.data.spans import counts, read_answer, spans_of
 from jaxcl.errors import RequestError, unknown
+from jaxcl.evaluate.answers import Answer
 from jaxcl.evaluate.base import Eval, Item, Progress, shared, stage_of
 from jaxcl.evaluate.generation import written
 from jaxcl.metrics.pooling import pooled
@@ -51,9 +52,28 @@ def span_f1(
                 raise unknown("entity type", span.type, types, where=f"row {row['id']!r} of eval {eval_id!r}")
     answers = written(eval_id, rows, tokenizer, window=window, **how)
 
+    def seen(view: Any) -> Sequence[str]:
+        return types if types_at is None else types_at(stage_of(view, stage))
+
+    return judged(eval_id, rows, answers, types, seen, by=by, role=role, hparams=answers.how.hparams())
+
+
+def judged(
+    eval_id: str,
+    rows: Sequence[dict[str, Any]],
+    answers: Callable[[Any, Progress], Sequence[Answer]],
+    types: Sequence[str],
+    counted: Callable[[Any], Collection[str]],
+    *,
+    by: Sequence[str],
+    role: str,
+    hparams: Mapping[str, Any],
+) -> list[Eval]:
+    """The evals of `span_f1` over answers that are written by ``answers``; counted(view): the types that count."""
+
     def judge(view: Any, progress: Progress) -> list[tuple[str, list[float]]]:
-        """Of every row its answer, and 3 counts a type, in the order of ``types``; 0 for types not seen yet."""
-        seen = set(types if types_at is None else types_at(stage_of(view, stage)))
+        """Of every row its answer, and 3 counts a type, in the order of ``types``; 0 for types that do not count."""
+        seen = set(counted(view))
         return [
             (answer.text, _counts(answer.text, row, types, seen))
             for row, answer in zip(rows, answers(view, progress), strict=True)
@@ -72,7 +92,7 @@ def span_f1(
             runner(pool),
             role=role,
             pool=pool,
-            hparams=answers.how.hparams(),
+            hparams=hparams,
         )
         for pool in by
     ]

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
 
 FOLDER = "intent/clinc150"
-DOMAINS = "banking credit_cards kitchen_and_dining home auto_and_commute travel utility work small_talk meta".split()
+DOMAINS = (
+    "banking", "credit_cards", "kitchen_and_dining", "home", "auto_and_commute", "travel", "utility", "work",
+    "small_talk", "meta",
+)  # fmt: skip
 PER_CLASS = 20
 QUESTION = "Which intent does the user express?\n"
 

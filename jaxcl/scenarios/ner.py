@@ -10,40 +10,148 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
-from jaxcl.scenarios.classes import seen
-from jaxcl.scenarios.reading import Row, cleaned, examples, present, whole
+from jaxcl.scenarios.reading import Row, cleaned, examples, whole
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.base import Eval
     from jaxcl.models.tokenizer import Tokenizer
 
-DOMAINS = "conll2003 politics science music ai ncbi_disease bc5cdr".split()
-PER_CLASS = 10
-TYPES: dict[str, dict[str, tuple[str, ...]]] = {
-    "conll2003": {name: (name,) for name in ("person", "location", "organisation", "misc")},
-    "politics": {  # base 3, increment 2, in alphabetical order
-        "country-election-event": ("country", "election", "event"),
-        "location-misc": ("location", "misc"),
-        "organisation-person": ("organisation", "person"),
-        "politicalparty-politician": ("politicalparty", "politician"),
-    },
+DOMAINS = ("conll2003", "politics", "science", "music", "ai", "ncbi_disease", "bc5cdr")
+TYPES = {  # stream: the domain, and its types by stage
+    "ner/types": ("conll2003", ("person", "location", "organisation", "misc")),
+    "ner/types_politics": (  # three types, then two at a time, in alphabetical order
+        "politics",
+        ("country-election-event", "location-misc", "organisation-person", "politicalparty-politician"),
+    ),
 }
+PER_CLASS = 10
 QUESTION = "List the named entities with their types.\n"
 
 
 def _domains(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> Scenario:
-    """One domain a stage, all its types annotated; the question names them, as it would for a user of that domain."""
+    """One domain a stage; the question names its types, as whoever works in that domain would."""
     from jaxcl.data.ner import ner_rows, types_of
+    from jaxcl.data.spans import instruct_row
+    from jaxcl.evaluate.spans import span_f1
 
     settings.known(info, "per_class")
     test = {stage: ner_rows(stage, "test", settings.data_dir) for stage in stages}
     train = {stage: ner_rows(stage, "train", settings.data_dir) for stage in stages}
     train, notes = cleaned(train, test, _sentence, settings, drop=("test-in-train",))
     types = {stage: types_of([*train[stage], *test[stage]]) for stage in stages}
-    asked = {stage: f"List the named entities of the types {', '.join(types[stage])}.\n" for stage in stages}
-    evals = {
-        stage: _evals(stage, _drawn(test[stage], settings.test_rows, settings), asked[stage], tokenizer, settings)
-        for stage in stages
-    }
-    keeps = examples(whole(settings, "per_class", PER_CLASS) * sum(map(len, types.values())))
-    return _scenario(info, train, asked, evals, keeps, tokenizer, settings, notes)
+    evals: dict[str, list[Eval]] = {}
+    asked: dict[str, list[Row]] = {}
+    for stage in stages:
+        question = f"List the named entities of the types {', '.join(types[stage])}.\n"
+        asked[stage] = [instruct_row(row, question) for row in train[stage]]
+        rows = [instruct_row(row, question) for row in _drawn(test[stage], settings.test_rows, settings)]
+        evals[stage] = span_f1(stage, rows, tokenizer, types=types[stage], **_how(settings))
+    return _scenario(info, asked, evals, [], tokenizer, settings, sum(map(len, types.values())), notes)
+
+
+def _types(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> Scenario:
+    """Some types of one domain a stage; the question is the same throughout, so nothing tells the stage."""
+    from jaxcl.data.ner import ner_rows, only, sliced
+    from jaxcl.data.spans import instruct_row
+    from jaxcl.evaluate.span_groups import span_f1_by_group
+
+    settings.known(info, "per_class")
+    domain, groups = TYPES[info.name][0], {stage: stage.split("-") for stage in stages}
+    test = ner_rows(domain, "test", settings.data_dir)
+    rows = {domain: ner_rows(domain, "train", settings.data_dir)}
+    rows, notes = cleaned(rows, {domain: test}, _sentence, settings, drop=("test-in-train",))
+    slices = sliced(rows[domain], groups, settings.seed)
+    asked = {stage: [instruct_row(only(row, groups[stage]), QUESTION) for row in slices[stage]] for stage in stages}
+    tests = [instruct_row(row, QUESTION) for row in _drawn(test, settings.test_rows, settings)]
+    made = span_f1_by_group(tests, tokenizer, groups=groups, **_how(settings))
+    own = {one.id: [one] for one in made if one.id in groups}
+    seen = [one for one in made if one.id not in groups]
+    return _scenario(info, asked, own, seen, tokenizer, settings, sum(map(len, groups.values())), notes)
+
+
+def _scenario(
+    info: StreamInfo,
+    rows: Mapping[str, Sequence[Row]],
+    own: Mapping[str, Sequence[Eval]],
+    others: Sequence[Eval],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    types: int,
+    notes: Mapping[str, Any],
+) -> Scenario:
+    """rows: {stage: training rows}, own: {stage: the evals it teaches}; ``types``: how many there are of the whole."""
+    from jaxcl.data.folder import instruct_stages
+
+    stages = instruct_stages(
+        {stage: _drawn(of_stage, settings.rows, settings) for stage, of_stage in rows.items()},
+        tokenizer,
+        window=settings.window,
+        template=settings.template,
+        evals={stage: [one.id for one in evals] for stage, evals in own.items()},
+    )
+    keeps = examples(whole(settings, "per_class", PER_CLASS) * types)
+    return Scenario(info, stages, [*(one for evals in own.values() for one in evals), *others], keeps, notes)
+
+
+def _how(settings: Settings) -> dict[str, Any]:
+    return {"window": settings.window, "template": settings.template, "batch_size": settings.batch_size}
+
+
+def _drawn(rows: Sequence[Row], most: int | None, settings: Settings) -> list[Row]:
+    from jaxcl.data.stage import subsample
+
+    return subsample(rows, most, settings.seed)
+
+
+def _sentence(row: Row) -> str:
+    return " ".join(row["tokens"])
+
+
+def _texts(info: StreamInfo, stage: str, settings: Settings) -> list[str]:
+    """The sentences of a domain, or those with an entity of the stage's types."""
+    from jaxcl.data.ner import ner_rows, types_of
+
+    domain = TYPES[info.name][0] if info.name in TYPES else stage
+    rows = ner_rows(domain, "train", settings.data_dir)
+    return [_sentence(row) for row in rows if info.name not in TYPES or set(types_of([row])) & set(stage.split("-"))]
+
+
+_PUBLIC = ("hf:DFKI-SLT/cross_ner", "hf:eriktks/conll2003", "github:zliucr/CrossNER")
+_KEEPS = f"option per_class sentences for each entity type, {PER_CLASS} by default, counted in total"
+_SHARED: dict[str, Any] = {
+    "scenario": "named entity recognition",
+    "card": "cft/continual-ner",
+    "keeps": _KEEPS,
+    "texts": _texts,
+}
+STREAMS = (
+    StreamInfo(
+        name="ner/domains",
+        stages=DOMAINS,
+        metric="strict span F1, micro and macro over the domain's types",
+        regime="DIL",
+        doc="seven domains: news, four of CrossNER, two biomedical",
+        unit="one domain, all its types annotated; the question names them",
+        protocol="the test sentences of every domain after each stage",
+        public=(*_PUBLIC, "github:allenai/scibert"),
+        data=tuple(f"ner/{domain}" for domain in DOMAINS),
+        build=_domains,
+        **_SHARED,
+    ),
+    *(
+        StreamInfo(
+            name=name,
+            stages=stages,
+            metric="strict span micro-F1 of each stage's types; micro and macro over all types seen as probes",
+            regime="CIL",
+            doc=f"the types of {domain} one after another, as named in the stages",
+            unit="a disjoint slice of the sentences with only the stage's types annotated",
+            protocol="all test sentences after each stage; old and future types of a training slice count as none",
+            public=_PUBLIC,
+            data=(f"ner/{domain}",),
+            build=_types,
+            **_SHARED,
+        )
+        for name, (domain, stages) in TYPES.items()
+    ),
+)

@@ -76,7 +76,7 @@ _TEXT = {
     ),
     "peps": _Text(
         "text_dated/peps", "1996..2003 2004..2009 2010..2014 2015..2019 2020..2024", "temporal", _DATED,
-        "proposals for Python by the year they were made; their text may have been edited later", ("github:python/peps",),
+        "proposals for Python by the year they were made; the text may have been edited later", ("github:python/peps",),
     ),
     "state_union": _Text(
         "text_dated/state_union", "1945..1959 1960..1974 1975..1989 1990..2002", "temporal", _DATED,

@@ -27,8 +27,8 @@ def cleaned(
 ) -> tuple[dict[str, list[Row]], dict[str, Any]]:
     """(training rows without leaks, notes on what was dropped or allowed); see `data.leaks`.
 
-    drop: kinds of leaks that the public data is known to have; the training rows in question are left out, of two stages'
-    the later one's, unless the kind is allowed. near: near-duplicates are looked for too. RequestError: any other leak
+    drop: kinds of leaks that the public data is known to have; the training rows in question are left out (the later
+    stage's of two), unless the kind is allowed. near: near-duplicates are looked for too. RequestError: any other leak
     that ``settings.allow`` does not name.
     """
     from jaxcl.data import leaks

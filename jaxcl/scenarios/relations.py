@@ -1,6 +1,7 @@
 """Continual relation extraction: new relations at every stage, compared with all that were seen. Scenario 6.
 
-FewRel in eight stages of ten relations, as few-shot work cuts it, or in ten of eight (Wang et al. 2019, arXiv 1903.02588).
+FewRel in eight stages of ten relations, as few-shot work cuts it, or in ten of eight (Wang et al. 2019, arXiv
+1903.02588).
 """
 
 from __future__ import annotations
@@ -78,7 +79,16 @@ def _stream(name: str, stages: Sequence[str], unit: str, doc: str) -> StreamInfo
 _CLUSTERS = [f"cluster_{n}" for n in range(1, 9)]
 STREAMS = (
     _stream("relations/fewrel", _CLUSTERS, "ten relations", "80 relations, 36 to 100 rows each"),
-    _stream("relations/fewrel_10x8", [f"relations_{n:02}" for n in range(1, 11)], "eight relations",
-            "80 relations in an order drawn by seed, ten stages"),
-    _stream(FEWSHOT, _CLUSTERS, "ten relations", "the first cluster, always first, has 100 rows a relation; the others 5 or 10 (option shots)"),
-)  # fmt: skip
+    _stream(
+        "relations/fewrel_10x8",
+        [f"relations_{n:02}" for n in range(1, 11)],
+        "eight relations",
+        "80 relations in an order drawn by seed, ten stages",
+    ),
+    _stream(
+        FEWSHOT,
+        _CLUSTERS,
+        "ten relations",
+        "the first cluster, always first, has about 100 rows a relation; the others 5 or 10 (option shots)",
+    ),
+)

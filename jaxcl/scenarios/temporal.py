@@ -1,7 +1,7 @@
 """Dated news with questions about it: what stays, what changed and what is new, after every year. Scenario 3.
 
-The three sets of probes play the roles of CKL's (Jang et al. 2022): invariant facts to retain, updated ones to overwrite,
-new ones to acquire, so that FUAR can be read off (`jaxcl.metrics.fuar`). They are stand-ins, not CKL's own sets.
+The three sets of probes play the roles of CKL's (Jang et al. 2022): invariant facts to retain, updated ones to
+overwrite, new ones to acquire, so that FUAR can be read off (`jaxcl.metrics.fuar`). They are stand-ins, not CKL's own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
 
 
 def _probes(sets: dict[str, list[Row]], tokenizer: Tokenizer, settings: Settings) -> list[Eval]:
-    """One eval a set: whether the greedy continuation is one of the answers, of a cloze as it stands or of a question."""
+    """One eval a set: does the greedy continuation begin with one of the answers, of a cloze as it is or of a question?
+    """
     from jaxcl.data.stage import subsample
     from jaxcl.evaluate.probes import probes
 

@@ -1,7 +1,7 @@
 """Continual machine translation: a new direction at every stage, over captions in three languages. Scenario 7.
 
-The instruction names both languages, which a user who wants a translation does say. Domain adaptation, the other form of
-this scenario, has no data here: Multi30k is one domain.
+The instruction names both languages, as whoever wants a translation does. Domain adaptation, the other form of this
+scenario, has no data here: Multi30k is one domain.
 """
 
 from __future__ import annotations
