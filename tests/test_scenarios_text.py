@@ -102,13 +102,13 @@ def test_domains_are_stages_of_blocks_with_their_share_to_keep(domains):
     assert all(e.n == 5 and e.role == "task" for e in made.evals)
     for stage in made.stages:
         assert all(f"{stage.name} train {i} " in texts(stage) for i in range(12)) and "test" not in texts(stage)
-    older = sum(len(stage.train) for stage in made.stages[:-1])
-    assert made.keeps == Budget(examples=older // 10)
-    for share, keeps in ((0, NOTHING), (1, Budget(examples=older)), (0.25, Budget(examples=older // 4))):
+    rows = sum(len(stage.train) for stage in made.stages)
+    assert made.keeps == Budget(examples=-(-rows // 10))
+    for share, keeps in ((0, NOTHING), (1, Budget(examples=rows)), (0.25, Budget(examples=-(-rows // 4)))):
         options = {"keep": share}
         assert open_stream("text/domains", BYTES, data_dir=domains, window=64, options=options).keeps == keeps
     assert not ALL.within(made.keeps)
-    with pytest.raises(RequestError, match=r"option keep is 1\.5; accepted: a number from 0 to 1"):
+    with pytest.raises(RequestError, match=r"option keep is 1\.5; accepted: the share of all rows"):
         open_stream("text/domains", BYTES, data_dir=domains, options={"keep": 1.5})
     with pytest.raises(RequestError, match="unknown option 'keeps' in stream 'text/domains'; did you mean 'keep'"):
         open_stream("text/domains", BYTES, data_dir=domains, options={"keeps": 1})
@@ -193,8 +193,7 @@ def test_the_real_streams_open(name):
     assert [e.id for e in made.evals if e.role == "task"] == [i for s in made.stages for i in (s.name, f"{s.name}/nll")]
     assert all(e.n == 2 for e in made.evals)
     assert all(len(stage.train) == 3 and stage.train[0]["tokens"].shape == (256,) for stage in made.stages)
-    most = 3 * (len(made.stages) - 1) // 10
-    assert made.keeps == (Budget(examples=most) if most else NOTHING)
+    assert made.keeps == Budget(examples=-(-3 * len(made.stages) // 10))
 
 
 @needs_data

@@ -56,7 +56,7 @@ def test_every_direction_is_measured_seen_or_not(captions, name, taught):
     assert len(roles) == 12 and list(roles.values()) == ["task"] * 2 * taught + ["probe"] * 2 * (6 - taught)
     assert [s.evals for s in made.stages] == [(f"{s.name}/bleu", f"{s.name}/chrf") for s in made.stages]
     assert {(e.metric, e.pool) for e in made.evals} == {("bleu", "bleu"), ("chrf", "chrf")}
-    assert made.keeps == Budget(examples=2 * (taught - 1))
+    assert made.keeps == Budget(examples=2 * taught)
     assert {s.train[0]["targets_at"].shape for s in made.stages} == {made.stages[0].train[0]["targets_at"].shape}
     again = open_stream(f"translation/{name}", BYTES, data_dir=captions, window=128, rows=5, options={"keep": 0})
     assert again.keeps == NOTHING and [len(s.train) for s in again.stages] == [5] * taught

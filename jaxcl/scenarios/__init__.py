@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,28 @@ from jaxcl.scenarios import (
     alignment,
     editing,
     instruction,
+    intents,
+    ner,
     pretraining,
     refinement,
+    relations,
     retrieval,
+    reviews,
+    temporal,
     text_classification,
     tools,
+    translation,
 )
 from jaxcl.scenarios.base import SCENARIOS, Scenario, Settings, StreamInfo
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
 
-_FILES = (pretraining, text_classification, instruction, editing, refinement, alignment, retrieval, tools)
+_FILES = (
+    *(pretraining, temporal),
+    *(text_classification, intents, reviews, ner, relations, translation, instruction),
+    *(editing, refinement, alignment, retrieval, tools),
+)
 STREAMS: dict[str, StreamInfo] = {info.name: info for file in _FILES for info in file.STREAMS}
 __all__ = ["SCENARIOS", "STREAMS", "Scenario", "Settings", "StreamInfo", "open_stream"]
 
@@ -43,8 +54,8 @@ def open_stream(name: str, tokenizer: Tokenizer, settings: Settings | None = Non
 def _check_present(info: StreamInfo, settings: Settings) -> None:
     """One line where data is absent: which folder, and where the public has it."""
     root = settings.data_dir or os.environ.get("JAXCL_DATA")
-    for name in info.data:
-        folder = name.partition("/date=")[0]
+    for name in (part for data in info.data for part in data.split(" + ")):
+        folder = re.split(r":|/\w+=", name)[0]  # without a split, without filters
         if root and (Path(root) / folder).exists():
             continue
         there = f"no {Path(root) / folder}" if root else "no data directory"

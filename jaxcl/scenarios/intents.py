@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from jaxcl.errors import RequestError
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
 from jaxcl.scenarios.classes import Groups, class_incremental, grouped, of_group
-from jaxcl.scenarios.reading import Row, cleaned, whole
+from jaxcl.scenarios.keeping import whole
+from jaxcl.scenarios.reading import Row, cleaned
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     test = of_group(_rows("test", settings), groups)
     train = of_group(_rows("train", settings), groups)
     train, notes = cleaned(train, test, lambda row: row["input"], settings, drop=("test-in-train",))
-    per_class = whole(settings, "per_class", PER_CLASS)
+    per_class = whole(settings, "per_class", PER_CLASS, 0)
     return class_incremental(info, groups, train, test, tokenizer, settings, per_class=per_class, notes=notes)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
-from jaxcl.scenarios.reading import Row, cleaned, examples, whole
+from jaxcl.scenarios.keeping import whole
+from jaxcl.scenarios.reading import Row, cleaned, examples
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.base import Eval
@@ -89,7 +90,7 @@ def _scenario(
         template=settings.template,
         evals={stage: [one.id for one in evals] for stage, evals in own.items()},
     )
-    keeps = examples(whole(settings, "per_class", PER_CLASS) * types)
+    keeps = examples(whole(settings, "per_class", PER_CLASS, 0) * types)
     return Scenario(info, stages, [*(one for evals in own.values() for one in evals), *others], keeps, notes)
 
 

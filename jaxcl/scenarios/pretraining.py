@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxcl.errors import RequestError, unknown
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
-from jaxcl.scenarios.reading import Parts, Row, cleaned, examples, number
+from jaxcl.scenarios.keeping import share_of
+from jaxcl.scenarios.reading import Parts, Row, cleaned
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
 
 SHARE = 0.1
-"""Share of the older stages' rows that may be replayed, unless the option ``keep`` says another."""
+"""Share of a stream's rows that may be held for replay, unless the option ``keep`` says another."""
 MEASURED = "bits per byte (nats per token from the same pass)"
 PROTOCOL = "held-out documents of every stage after each stage, beside the general suite where a run asks for it"
-KEEPS = f"replay of a share of the older stages' rows: option keep, {SHARE} by default"
+KEEPS = f"a share of the stream's rows to replay: option keep, {SHARE} by default"
 
 
 class _Text(NamedTuple):
@@ -94,7 +95,7 @@ def corpus_scenario(
 ) -> Scenario:
     """Stages of blocks and two evals each, over ``text`` rows; rows of a stage are drawn by seed, as whole documents.
 
-    What may be held of the past is the option ``keep``: a share of the older stages' rows.
+    What may be held of the past is the option ``keep``: a share of the stream's rows.
     """
     from jaxcl.data.blocks import text_source
     from jaxcl.data.stage import Stage, subsample
@@ -109,9 +110,7 @@ def corpus_scenario(
         made = held_out(stage, tests, tokenizer, window=settings.window, batch_size=settings.batch_size)
         stages.append(Stage(stage, source, tuple(one.id for one in made)))
         evals += made
-    share = number(settings, "keep", SHARE, 0, 1)
-    keeps = examples(int(share * sum(len(stage.train) for stage in stages[:-1])))
-    return Scenario(info, stages, evals, keeps, {**notes, "keep": share})
+    return Scenario(info, stages, evals, share_of(stages, settings, SHARE), notes)
 
 
 def check_dates(info: StreamInfo, train: Parts, settings: Settings) -> None:

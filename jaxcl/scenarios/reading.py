@@ -1,11 +1,10 @@
-"""What the builders of streams share: training rows without leaks, options that are numbers, budgets of rows."""
+"""What the builders of streams share: training rows without leaks, a number of rows to keep."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxcl.errors import RequestError
 from jaxcl.scenarios.base import Settings
 
 if TYPE_CHECKING:
@@ -69,19 +68,3 @@ def examples(count: int) -> Budget:
     from jaxcl.core.types import NOTHING, Budget
 
     return Budget(examples=count) if count else NOTHING
-
-
-def number(settings: Settings, name: str, default: float, low: float, high: float) -> float:
-    """A numeric option between two bounds, both included. RequestError otherwise."""
-    value = settings.option(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise RequestError(f"option {name} is {value!r}; accepted: a number from {low} to {high}")
-    return value
-
-
-def whole(settings: Settings, name: str, default: int) -> int:
-    """An option that counts. RequestError where it is no whole number of at least 0."""
-    value = settings.option(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise RequestError(f"option {name} is {value!r}; accepted: a whole number of at least 0")
-    return value

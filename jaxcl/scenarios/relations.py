@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
 from jaxcl.scenarios.classes import Groups, class_incremental, grouped, of_group
-from jaxcl.scenarios.reading import Row, cleaned, whole
+from jaxcl.scenarios.keeping import whole
+from jaxcl.scenarios.reading import Row, cleaned
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     groups = {stage: all_groups[stage] for stage in stages}
     test = of_group(relation_rows("test", settings.data_dir), groups)
     train, notes = cleaned(of_group(_train(info, settings), groups), test, lambda row: row["input"], settings)
-    per_class = whole(settings, "per_class", PER_CLASS)
+    per_class = whole(settings, "per_class", PER_CLASS, 0)
     return class_incremental(info, groups, train, test, tokenizer, settings, per_class=per_class, notes=notes)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
-from jaxcl.scenarios.reading import Row, cleaned, examples, whole
+from jaxcl.scenarios.keeping import whole
+from jaxcl.scenarios.reading import Row, cleaned, examples
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     train = {stage: _rows(stage, "train", settings) for stage in stages}
     train, notes = cleaned(train, test, lambda row: row["input"], settings)
     labels = {row["target"] for rows in train.values() for row in rows}
-    keeps = examples(whole(settings, "per_class", PER_CLASS) * len(labels))
+    keeps = examples(whole(settings, "per_class", PER_CLASS, 0) * len(labels))
     train = {stage: subsample(rows, settings.rows, settings.seed) for stage, rows in train.items()}
     test = {stage: subsample(rows, settings.test_rows, settings.seed) for stage, rows in test.items()}
     made = instruct_evals(

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
-from jaxcl.scenarios.reading import Row, cleaned, examples, number
+from jaxcl.scenarios.keeping import share_of
+from jaxcl.scenarios.reading import Row, cleaned
 
 if TYPE_CHECKING:
     from jaxcl.evaluate.base import Eval
@@ -45,9 +46,8 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
         template=settings.template,
         evals={d: [one.id for one in both] for d, both in evals.items()},
     )
-    share = number(settings, "keep", SHARE, 0, 1)
-    keeps = examples(int(share * sum(len(stage.train) for stage in made[:-1])))
-    return Scenario(info, made, [*(one for both in evals.values() for one in both), *probes], keeps, notes)
+    taught = [one for both in evals.values() for one in both]
+    return Scenario(info, made, [*taught, *probes], share_of(made, settings, SHARE), notes)
 
 
 def _evals(direction: str, rows: Sequence[Row], tokenizer: Tokenizer, settings: Settings, role: str) -> list[Eval]:
@@ -88,7 +88,7 @@ def _stream(name: str, stages: Sequence[str], doc: str) -> StreamInfo:
         card="cft/continual-machine-translation",
         doc=doc,
         unit="one direction of translation",
-        keeps=f"replay of a share of the older directions' rows: option keep, {SHARE} by default",
+        keeps=f"a share of the stream's rows to replay: option keep, {SHARE} by default",
         protocol="every direction after each stage; directions that no stage teaches as probes (option zero_shot)",
         public=("github:multi30k/dataset", "hf:bentrevett/multi30k"),
         data=(FOLDER,),
