@@ -123,6 +123,7 @@ def test_rows_are_drawn_by_seed_and_orders_are_bijections(domains):
     assert first == again and first[0] != other[0] and first[1] == [2] * 10
     random = read(order="random", seed=3)[0]
     assert sorted(random) == sorted(DOMAINS) and list(random) != list(DOMAINS)
+    assert read(order="random", seed=0)[0] == first[0]  # as mappings: the same text for every stage
     assert next(iter(read(order="similarity")[0])) == DOMAINS[0]
 
 
@@ -166,6 +167,62 @@ def test_near_duplicates_over_time_slices_are_dropped(speeches):
     write(path.with_name("test.jsonl"), [{"id": f"t{y}", "text": f"{words} {y}", "date": y} for y in SPEECHES.values()])
     made = open_stream("text/state_union", BYTES, data_dir=speeches, window=64)
     assert made.notes["dropped from training"]["rows"] == {"1945-1959": 1, "1975-1989": 1}
+
+
+YEARS = STREAMS["temporal/probes"].stages
+
+
+@pytest.fixture
+def news(tmp_path):
+    """Twenty questions a year with news that answers them, one without; facts that stay, that do not, that changed."""
+    root = tmp_path / "probes"
+    for year in YEARS:
+        rows = [
+            {"id": f"{year}_{i}", "relation": "news", "prompt": f"who {i} in {year}?", "answers": [f"x{i}"],
+             "date": f"{year}-0{1 + i % 9}-01", "evidence": " ".join(f"{year}w{i}n{j}" for j in range(9)) if i else ""}
+            for i in range(21)
+        ]  # fmt: skip
+        _zip(root / "realtimeqa" / f"{year}.jsonl.gz", rows)
+    fact = {"relation": "P1", "prompt": "a is in", "answers": ["b"]}
+    facts = [fact | {"id": f"f{i}", "stable": i < 3} for i in range(5)]
+    _zip(root / "lama_pararel" / "test.jsonl.gz", facts)
+    _zip(root / "situatedqa_temp" / "updated_pairs.jsonl.gz", [fact | {"id": "u", "old_answers": ["c"]}])
+    return tmp_path
+
+
+def _zip(path: Path, rows: list) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+
+def test_news_is_learned_and_asked_about_year_by_year(news):
+    made = open_stream("temporal/probes", BYTES, data_dir=news, window=64)
+    assert tuple(s.name for s in made.stages) == YEARS
+    roles = {e.id: (e.role, e.n) for e in made.evals}
+    assert {i: n for i, (role, n) in roles.items() if role == "probe"} == {
+        "invariant": 3, "updated": 1, **{f"new/{year}": 18 for year in YEARS}}  # fmt: skip
+    assert {i for i, (role, _) in roles.items() if role == "task"} == {i for y in YEARS for i in (y, f"{y}/nll")}
+    assert all(e.metric == "exact_match" and e.higher_is_better for e in made.evals if e.role == "probe")
+    for stage in made.stages:
+        learned = [i for i in range(21) if f"{stage.name}w{i}n0" in texts(stage)]
+        assert len(learned) == 18 and 0 not in learned and roles[stage.name] == ("task", 2)
+        assert not any(f"{year}w" in texts(stage) for year in YEARS if year != stage.name)
+    other = open_stream("temporal/probes", BYTES, data_dir=news, window=64, seed=1)
+    assert texts(other.stages[0]) != texts(made.stages[0])
+
+
+def test_news_of_another_year_is_refused(news):
+    path = news / "probes" / "realtimeqa" / "2021.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    _zip(path, [row | {"date": "2022-01-01"} for row in rows])
+    with pytest.raises(RequestError, match="is of '2022-01-01', not of stage '2021'"):
+        open_stream("temporal/probes", BYTES, data_dir=news)
+    _zip(path, rows[:2])
+    with pytest.raises(RequestError, match=r"2021\.jsonl\.gz: 1 questions have evidence; accepted: two or more"):
+        open_stream("temporal/probes", BYTES, data_dir=news)
+    _zip(path, [rows[0] | {"answers": "x"}])
+    with pytest.raises(RequestError, match=r"2021\.jsonl\.gz:1: field 'answers' must be a list of strings"):
+        open_stream("temporal/probes", BYTES, data_dir=news)
 
 
 def test_absent_and_malformed_data_is_one_line(domains, monkeypatch):

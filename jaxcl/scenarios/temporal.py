@@ -31,21 +31,24 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
 
     settings.known(info, "keep", "separate")
     root = data_folder("probes", settings.data_dir)
-    asked: dict[str, list[Row]] = {}
+    news: dict[str, list[Row]] = {}
     train: dict[str, list[Row]] = {}
     test: dict[str, list[Row]] = {}
     for year in stages:
-        rows = _news(root, year)
-        held = _held_out(rows, settings.seed)
-        train[year] = [_document(row) for row in rows if row["id"] not in held]
-        test[year] = [_document(row) for row in rows if row["id"] in held]
-        asked[f"new/{year}"] = [row for row in rows if row["id"] not in held]
+        news[year] = _news(root, year)
+        held = _held_out(news[year], settings.seed)
+        train[year] = [_document(row) for row in news[year] if row["id"] not in held]
+        test[year] = [_document(row) for row in news[year] if row["id"] in held]
     check_dates(info, train, settings)
     train, notes = cleaned(train, test, lambda row: row["text"], settings, drop=("near-duplicates", "test-in-train"))
     known = [row for row in _read(root / "lama_pararel" / "test.jsonl.gz") if row.get("stable")]
     changed = _read(root / "situatedqa_temp" / "updated_pairs.jsonl.gz")
     made = corpus_scenario(info, train, test, tokenizer, settings, {**notes, "probes": "stand-ins for CKL's sets"})
-    probes = _probes({"invariant": known, "updated": changed, **asked}, tokenizer, settings)
+    sets = {"invariant": known, "updated": changed}
+    for year, rows in news.items():
+        told = {row["id"] for row in train[year]}
+        sets[f"new/{year}"] = [row for row in rows if row["id"] in told]
+    probes = _probes(sets, tokenizer, settings)
     return Scenario(info, made.stages, [*made.evals, *probes], made.keeps, made.notes)
 
 
