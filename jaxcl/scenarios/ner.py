@@ -46,7 +46,7 @@ def _domains(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, sett
         question = f"List the named entities of the types {', '.join(types[stage])}.\n"
         asked[stage] = [instruct_row(row, question) for row in train[stage]]
         rows = [instruct_row(row, question) for row in _drawn(test[stage], settings.test_rows, settings)]
-        evals[stage] = span_f1(stage, rows, tokenizer, types=types[stage], **_how(settings))
+        evals[stage] = span_f1(stage, rows, tokenizer, types=types[stage], **_how(rows, tokenizer, settings))
     return _scenario(info, asked, evals, [], tokenizer, settings, sum(map(len, types.values())), notes)
 
 
@@ -64,7 +64,7 @@ def _types(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     slices = sliced(rows[domain], groups, settings.seed)
     asked = {stage: [instruct_row(only(row, groups[stage]), QUESTION) for row in slices[stage]] for stage in stages}
     tests = [instruct_row(row, QUESTION) for row in _drawn(test, settings.test_rows, settings)]
-    made = span_f1_by_group(tests, tokenizer, groups=groups, **_how(settings))
+    made = span_f1_by_group(tests, tokenizer, groups=groups, **_how(tests, tokenizer, settings))
     own = {one.id: [one] for one in made if one.id in groups}
     seen = [one for one in made if one.id not in groups]
     return _scenario(info, asked, own, seen, tokenizer, settings, sum(map(len, groups.values())), notes)
@@ -81,21 +81,24 @@ def _scenario(
     notes: Mapping[str, Any],
 ) -> Scenario:
     """rows: {stage: training rows}, own: {stage: the evals it teaches}; ``types``: how many there are of the whole."""
+    from jaxcl.data.fitting import fitting
     from jaxcl.data.folder import instruct_stages
 
-    stages = instruct_stages(
-        {stage: _drawn(of_stage, settings.rows, settings) for stage, of_stage in rows.items()},
-        tokenizer,
-        window=settings.window,
-        template=settings.template,
-        evals={stage: [one.id for one in evals] for stage, evals in own.items()},
-    )
+    template, window = settings.template, settings.window
+    kept, left_out = fitting(rows, tokenizer, template, window, most=settings.rows, seed=settings.seed)
+    ids = {stage: [one.id for one in evals] for stage, evals in own.items()}
+    stages = instruct_stages(kept, tokenizer, window=window, template=template, evals=ids)
+    notes = {**notes, **({"left out: answers longer than the window": left_out} if left_out else {})}
     keeps = examples(whole(settings, "per_class", PER_CLASS, 0) * types)
     return Scenario(info, stages, [*(one for evals in own.values() for one in evals), *others], keeps, notes)
 
 
-def _how(settings: Settings) -> dict[str, Any]:
-    return {"window": settings.window, "template": settings.template, "batch_size": settings.batch_size}
+def _how(rows: Sequence[Row], tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
+    """How answers to these rows are written: at most as long as the longest right one, where the window has the room."""
+    from jaxcl.data.fitting import answer_room
+
+    shared: dict[str, Any] = {"window": settings.window, "template": settings.template}
+    return {**shared, "batch_size": settings.batch_size, "max_new": answer_room(rows, tokenizer, **shared)}
 
 
 def _drawn(rows: Sequence[Row], most: int | None, settings: Settings) -> list[Row]:

@@ -23,6 +23,7 @@ SHARE = 0.1
 
 
 def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> Scenario:
+    from jaxcl.data.fitting import fitting
     from jaxcl.data.folder import instruct_stages
     from jaxcl.data.stage import subsample
     from jaxcl.data.translation import directed
@@ -39,31 +40,24 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     unseen = [d for d in DIRECTIONS if d not in stages] if settings.option("zero_shot", True, (True, False)) else []
     evals = {d: _evals(d, directed(tests, d), tokenizer, settings, "task") for d in stages}
     probes = [one for d in unseen for one in _evals(d, directed(tests, d), tokenizer, settings, "probe")]
-    made = instruct_stages(
-        {d: directed(drawn, d) for d in stages},
-        tokenizer,
-        window=settings.window,
-        template=settings.template,
-        evals={d: [one.id for one in both] for d, both in evals.items()},
-    )
+    template, window = settings.template, settings.window
+    kept, left_out = fitting({d: directed(drawn, d) for d in stages}, tokenizer, template, window)
+    ids = {d: [one.id for one in both] for d, both in evals.items()}
+    made = instruct_stages(kept, tokenizer, window=window, template=template, evals=ids)
+    notes |= {"left out: answers longer than the window": left_out} if left_out else {}
     taught = [one for both in evals.values() for one in both]
     return Scenario(info, made, [*taught, *probes], share_of(made, settings, SHARE), notes)
 
 
 def _evals(direction: str, rows: Sequence[Row], tokenizer: Tokenizer, settings: Settings, role: str) -> list[Eval]:
     """BLEU and chrF of one direction, from one pass."""
+    from jaxcl.data.fitting import answer_room
     from jaxcl.evaluate.generation import generation
 
-    return generation(
-        direction,
-        rows,
-        tokenizer,
-        window=settings.window,
-        metrics=("bleu", "chrf"),
-        template=settings.template,
-        batch_size=settings.batch_size,
-        role=role,
-    )
+    shared: dict[str, Any] = {"window": settings.window, "template": settings.template}
+    room = answer_room(rows, tokenizer, **shared)
+    how: dict[str, Any] = {"max_new": room, "batch_size": settings.batch_size, "role": role, **shared}
+    return generation(direction, rows, tokenizer, metrics=("bleu", "chrf"), **how)
 
 
 def _rows(split: str, settings: Settings) -> list[Row]:
