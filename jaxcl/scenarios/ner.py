@@ -94,7 +94,7 @@ def _scenario(
 
 
 def _how(rows: Sequence[Row], tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
-    """How answers to these rows are written: at most as long as the longest right one, where the window has the room."""
+    """How answers to these rows are written: as long as the longest right one may be, where the window has the room."""
     from jaxcl.data.fitting import answer_room
 
     shared: dict[str, Any] = {"window": settings.window, "template": settings.template}

@@ -58,7 +58,7 @@ def _probes(sets: dict[str, list[Row]], tokenizer: Tokenizer, settings: Settings
     from jaxcl.data.stage import subsample
     from jaxcl.evaluate.probes import probes
 
-    size = {"window": settings.window, "batch_size": settings.batch_size}
+    size: dict[str, Any] = {"window": settings.window, "batch_size": settings.batch_size}
     found: list[Eval] = []
     for name, rows in sets.items():
         frame = "{prompt}" if name == "invariant" else QUESTION
