@@ -136,9 +136,10 @@ def test_perplexity_is_the_harness_s(model, rows, theirs, view):
         e = text_nll("t", rows["text"], model[2], metric=metric, **kw)
         items = e.run(view, quiet)
         got, wanted = pooled(items, e.pool), theirs["results"]["local_text"][f"{metric},none"]
-        assert got == pytest.approx(wanted, rel=1e-5)
+        # a perplexity is the exponential of six nats a word: float32 leaves it less sure than the nats are
+        assert got == pytest.approx(wanted, rel=1e-4 if metric == "word_perplexity" else 1e-5)
         if metric == "bits_per_byte":
-            own = [-s["filtered_resps"][0] / np.log(2) / len(s["doc"]["text"].encode()) for s in theirs["text"]]
+            own = [-float(s["filtered_resps"][0]) / np.log(2) / len(s["doc"]["text"].encode()) for s in theirs["text"]]
             np.testing.assert_allclose([i["score"] for i in items], own, rtol=1e-5)
             assert 2**got == pytest.approx(theirs["results"]["local_text"]["byte_perplexity,none"], rel=1e-5)
     plain = text_nll("t", rows["text"], model[2], metric="bits_per_byte", **kw | {"fill_last": False})
