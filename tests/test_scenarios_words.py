@@ -199,6 +199,20 @@ def test_domains_keep_all_their_types_and_say_them(entities):
     assert sorted(s.name for s in alike.stages) == sorted(DOMAINS) and alike.stages[0].name == DOMAINS[0]
 
 
+def test_answers_that_do_not_fit_are_left_out_and_counted(entities, captions):
+    path = entities / "ner" / "politics" / "train.jsonl.gz"
+    kinds = [t for stage in TYPES["ner/types_politics"][1] for t in stage.split("-")]
+    long = tagged("z" * 60, *kinds)
+    write(path, [*[tagged(f"p{i}", kinds[i % 9]) for i in range(18)], long])
+    made = open_stream("ner/domains", BYTES, data_dir=entities, window=512)
+    assert made.notes["left out: answers longer than the window"] == {"politics": 1} and len(made.stages[1].train) == 18
+    texts = captions / "translation" / "multi30k" / "train.jsonl.gz"
+    write(texts, [*sentences("train", 3), {"id": "long", "en": "e", "de": "d", "fr": "f" * 200}])
+    made = open_stream("translation/multi30k", BYTES, data_dir=captions, window=128)
+    assert made.notes["left out: answers longer than the window"] == {"en-fr": 1}
+    assert [len(stage.train) for stage in made.stages] == [4, 3]
+
+
 def test_malformed_sentences_are_refused_by_file_and_line(entities):
     good, bad = tagged("a", "city"), tagged("b", "city")
     write(entities / "ner" / "politics" / "train.jsonl.gz", [good, bad | {"tags": bad["tags"][1:]}])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxcl.data.olora_orders import ORDERS
 from jaxcl.scenarios.base import Scenario, Settings, StreamInfo
+from jaxcl.scenarios.reading import Row, cleaned
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
@@ -33,7 +34,20 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     by = settings.option("by", "ranking", ("ranking", "generation"))
     size: dict[str, Any] = {"rows": settings.test_rows, "batch_size": settings.batch_size}
     evals = olora_evals(stages, settings.data_dir, tokenizer, by=by, **size, **shared)
-    return Scenario(info, made, evals, ALL)
+    parts = ({stage: _read(info, stage, split, settings) for stage in stages} for split in ("train", "test"))
+    _, notes = cleaned(*parts, lambda row: row["input"], settings)
+    return Scenario(info, made, evals, ALL, notes)
+
+
+def _read(info: StreamInfo, stage: str, split: str, settings: Settings) -> list[Row]:
+    from jaxcl.data.folder import read_split
+    from jaxcl.data.jsonl import data_folder
+
+    return read_split(data_folder(info.data[0], settings.data_dir), stage, split)
+
+
+def _texts(info: StreamInfo, stage: str, settings: Settings) -> list[str]:
+    return [row["input"] for row in _read(info, stage, "train", settings)]
 
 
 STREAMS = tuple(
@@ -51,6 +65,7 @@ STREAMS = tuple(
         public=("github:cmnfriend/O-LoRA",),
         data=("olora_benchmark",),
         build=_build,
+        texts=_texts,
     )
     for name, stages in ORDERS.items()
 )
