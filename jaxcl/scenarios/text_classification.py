@@ -34,8 +34,10 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     by = settings.option("by", "ranking", ("ranking", "generation"))
     size: dict[str, Any] = {"rows": settings.test_rows, "batch_size": settings.batch_size}
     evals = olora_evals(stages, settings.data_dir, tokenizer, by=by, **size, **shared)
-    parts = ({stage: _read(info, stage, split, settings) for stage in stages} for split in ("train", "test"))
-    _, notes = cleaned(*parts, lambda row: row["input"], settings)
+    train, test = (
+        {stage: _read(info, stage, split, settings) for stage in stages} for split in ("train", "test")
+    )
+    _, notes = cleaned(train, test, lambda row: row["input"], settings)
     return Scenario(info, made, evals, ALL, notes)
 
 
