@@ -86,6 +86,18 @@ def test_few_documents_are_drawn_from_those_that_answer_a_query(corpus):
     assert stream.notes == {"judgements of documents that are not in the corpus": missing}
 
 
+def test_a_document_that_comes_again_in_another_slice_is_refused(tmp_path):
+    text = " ".join(f"word{n}" for n in range(40))
+    docs = [{"id": str(n), "title": "", "text": f"{text} end {n}" if n in (0, 4) else f"paper {n}"} for n in range(5)]
+    write(tmp_path, "retrieval/cranfield/docs.jsonl.gz", docs)
+    write(tmp_path, "retrieval/cranfield/queries.jsonl.gz", [{"id": "q", "query": "what", "relevant": ["1"]}])
+    with pytest.raises(RequestError, match="leak 'near-duplicates': 1 found: '4' of 'slice_5' is '0' of 'slice_1'"):
+        opened(tmp_path)
+    allowed = opened(tmp_path, allow=("near-duplicates",))
+    assert allowed.notes["leaks"]["near-duplicates"]["count"] == 1
+    assert [s.evals for s in allowed.stages] == [(), ("slice_2/hits_at_1",), (), (), ()]
+
+
 def test_an_unknown_retriever_is_refused(corpus):
     with pytest.raises(RequestError, match="option retriever is 'bm25'; accepted: 'docid', 'dense'"):
         opened(corpus, options={"retriever": "bm25"})

@@ -28,7 +28,7 @@ def _build(info: StreamInfo, stages: Sequence[str], tokenizer: Tokenizer, settin
     asked, missing = asked_of(slices, queries)
     texts = [{name: {r["id"]: r[field] for r in rows} for name, rows in part.items()}
              for part, field in ((slices, "text"), (asked, "query"))]  # fmt: skip
-    leaks = check(*texts, allow=settings.allow)
+    leaks = check(*texts, near=True, allow=settings.allow)
     rows = {name: [document_row(doc) for doc in docs] for name, docs in slices.items()}
     made = instruct_stages(rows, tokenizer, window=settings.window, template=settings.template)
     evals: list[Eval] = []
