@@ -90,9 +90,9 @@ def _streams() -> list[Row]:
 
 
 def _short_streams() -> list[Row]:
-    """For a terminal: of many stages (the steps of a stream of queries) the first and the last."""
-    few = [(r, r["stages"]) for r in _streams()]
-    return [r if len(s) <= 16 else r | {"stages": [s[0], "..", s[-1], f"({len(s)})"]} for r, s in few]
+    """For a terminal: of many stages the number, the first and the last."""
+    rows = [(r, r["stages"]) for r in _streams()]
+    return [r if len(s) <= 5 else r | {"stages": f"{len(s)}: {s[0]} .. {s[-1]}"} for r, s in rows]
 
 
 def _models() -> list[Row]:
