@@ -206,7 +206,7 @@ def test_files_and_the_cache_give_the_same_rows(hub, name):
 @pytest.mark.parametrize(
     ("name", "columns", "words"),
     [
-        ("hf:fancyzhang/ag_news", None, "is not in the cache (Couldn't find cache for fancyzhang/ag_news); run: "),
+        ("hf:fancyzhx/ag_news", None, "is not in the cache (Couldn't find cache for fancyzhx/ag_news); run: "),
         ("hf:a/b/c/d", None, "accepted: hf:OWNER/NAME, hf:OWNER/NAME/CONFIG, or hf: and an existing folder"),
         ("hf:{}/saved:valid", SENTENCE, "unknown split 'valid'"),
         ("hf:{}/saved:test", SENTENCE, "row test-0: label -1 is no class (0 to 1); a split without labels"),
@@ -224,7 +224,7 @@ def test_what_hugging_face_has_not_is_one_line(hub, name, columns, words):
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RequestError, match=r"needs the package 'datasets'; install it with: pip install 'jaxcl\[hf\]'"):
-        load_rows("hf:fancyzhang/ag_news")
+        load_rows("hf:fancyzhx/ag_news")
 
 
 # paths

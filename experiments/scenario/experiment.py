@@ -82,7 +82,7 @@ def methods(cfg: Config) -> list[Any]:
 
 def tried(cfg: Config) -> tuple[Any, Any, Any, dict[str, Any]]:
     """What `load` gives, of a model that knows nothing."""
-    model = decoder(tiny(context=cfg.window))
+    model = decoder(tiny(context=4096))
     return model, model.init(model.spec, jax.random.key(cfg.seed)), ByteTokenizer(), {"made by": "chance"}
 
 

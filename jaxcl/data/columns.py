@@ -57,7 +57,7 @@ KNOWN: dict[str, Columns] = {
     "tfds:glue/sst2": Columns("sentence", "label", instruction=_MOOD.format("sentence")),
     "tfds:imdb_reviews": Columns("text", "label", instruction=_MOOD.format("review")),
     "tfds:imdb_reviews/plain_text": Columns("text", "label", instruction=_MOOD.format("review")),
-    "hf:fancyzhang/ag_news": Columns("text", "label", instruction=_TOPIC),
+    "hf:fancyzhx/ag_news": Columns("text", "label", instruction=_TOPIC),
     "hf:nyu-mll/glue/sst2": Columns("sentence", "label", instruction=_MOOD.format("sentence")),
     "hf:stanfordnlp/imdb": Columns("text", "label", instruction=_MOOD.format("review")),
 }

@@ -1,7 +1,7 @@
 """Data by name, wherever it lies: one function for all experiments.
 
     tfds:NAME[/CONFIG][:VERSION][:SPLIT]    TensorFlow Datasets      tfds:glue/sst2:validation
-    hf:OWNER/NAME[/CONFIG][:SPLIT]          Hugging Face datasets    hf:fancyzhang/ag_news:train[:1000]
+    hf:OWNER/NAME[/CONFIG][:SPLIT]          Hugging Face datasets    hf:fancyzhx/ag_news:train[:1000]
     PATH[:SPLIT]                            JSON Lines               text_domains/legal, my/rows.jsonl.gz:all[:90%]
 
 A path is a file, a folder of ``<split>.jsonl[.gz]``, or such a folder of the data directory. Splits are written as in
