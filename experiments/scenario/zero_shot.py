@@ -29,13 +29,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def representatives() -> list[str]:
-    """Streams that differ in more than the order of their stages; of those that do not, the longest."""
-    chosen: list[str] = []
-    for name, info in sorted(STREAMS.items(), key=lambda item: -len(item[1].stages)):
-        same = (STREAMS[c] for c in chosen if STREAMS[c].data == info.data and STREAMS[c].build is info.build)
-        if not any(set(info.stages) <= set(other.stages) for other in same):
-            chosen.append(name)
-    return [name for name in STREAMS if name in chosen]
+    """Streams with test rows of their own; of those that only order or cut the same data in other ways, the longest."""
+    longest = sorted(STREAMS, key=lambda name: -len(STREAMS[name].stages))
+    chosen = {(STREAMS[name].data, STREAMS[name].metric): name for name in reversed(longest)}
+    return [name for name in STREAMS if name in chosen.values()]
 
 
 def interval(run: Path, e: Eval, column: int) -> tuple[float, float] | None:
