@@ -122,7 +122,7 @@ def test_next_token_hits_across_chunks(view, logits):
 @pytest.mark.parametrize(
     ("kw", "words"),
     [
-        ({"metric": "ppl"}, "unknown metric of held-out text 'ppl'; accepted: accuracy, bits_per_byte, nll"),
+        ({"metric": "ppl"}, "unknown metric of held-out text 'ppl'; accepted: accuracy, bits_per_byte, "),
         ({"window": 1}, "window=1; accepted: at least 2 tokens"),
         ({"documents": [{"id": "x", "text": ""}]}, "row 'x' has no text"),
         ({"documents": []}, "no test rows"),

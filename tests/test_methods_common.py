@@ -183,8 +183,14 @@ def compatible() -> list[tuple[str, str]]:
 
 
 def sorted_by_time(pairs: list[tuple[str, str]]) -> list:
-    """Pairs with one method of each shape (streams, penalties, new keys) are run always, all others by ``-m slow``."""
-    return [p if {*p} & {"replay", "ewc", "lora"} else pytest.param(p, marks=pytest.mark.slow) for p in pairs]
+    """Every method meets one of the three shapes (streams, penalties, new keys) in turn, and methods from outside all
+    of theirs; all other pairs by ``-m slow``."""
+    shapes = ("replay", "ewc", "lora")
+    quick = [p for p in pairs if {*p} <= {*shapes} or {*p} & {*OUTSIDE}]
+    for n, name in enumerate(sorted({name for pair in pairs for name in pair} - {*shapes, *OUTSIDE})):
+        turns = [{name, shapes[(n + i) % 3]} for i in range(3)]
+        quick += [p for turn in turns for p in pairs if {*p} == turn][:1]
+    return [p if p in quick else pytest.param(p, marks=pytest.mark.slow) for p in pairs]
 
 
 @pytest.mark.parametrize("pair", sorted_by_time(compatible()), ids="+".join)

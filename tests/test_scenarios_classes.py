@@ -269,7 +269,8 @@ def test_products_share_their_labels(tmp_path):
 
 
 DATA = os.environ.get("JAXCL_DATA", "")
-MINE = [n for n, i in STREAMS.items() if i.scenario in ("text classification", "relation extraction")]
+SAME = ("olora/order_2", "olora/order_3", "olora/order_5")  # as others, in another order
+MINE = [n for n, i in STREAMS.items() if i.scenario in ("text classification", "relation extraction") and n not in SAME]
 
 
 @pytest.mark.skipif(not DATA, reason="JAXCL_DATA names no data directory")

@@ -39,8 +39,8 @@ def representatives() -> list[str]:
 
 
 def stacked(model: Any, params: Any, tokenizer: Any, source: dict[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """What `load` gives, its layers in one stack where they are alike: a few rows of many shapes are compiled for longer
-    than they run, and a scan compiles several times as fast."""
+    """What `load` gives, its layers in one stack where they are alike: a few rows of many shapes are compiled for
+    longer than they run, and a scan compiles several times as fast."""
     kinds = set(model.spec.kinds)
     if len(kinds) == 1:
         params, spec = restack(params, model.spec, ((tuple(kinds), len(model.spec.kinds)),))
