@@ -1,4 +1,4 @@
-"""A one-layer decoder over bytes and its plain forward: what the tests of written answers compare with."""
+"""A small decoder over bytes and its plain forward: what the tests of written answers compare with."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Bytes:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
-def make_view() -> View:
+def make_view(layers: int = 1) -> View:
     """Initial weights made larger, so that answers differ from row to row."""
-    model = decoder(tiny(vocab=257, layers=1, context=WIDTH))
+    model = decoder(tiny(vocab=257, layers=layers, context=WIDTH))
     params = model.init(model.spec, jax.random.key(1))
     params = {k: v * 6 if "embed" in k else v * 5 if "attn/" in k else v for k, v in params.items()}
     return View(model).at(model.spec, params, {}, {}, None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import jax
 import numpy as np
 import pytest
+from byte_model import WIDTH, Bytes, Logits, make_logits, make_view
 
 from jaxcl.core.types import Stream
 from jaxcl.core.view import View
@@ -14,51 +14,16 @@ from jaxcl.data.pipeline import pipeline
 from jaxcl.data.stage import instruct_source, text_source
 from jaxcl.errors import RequestError
 from jaxcl.evaluate.nll import text_nll, token_hits, window_ids
-from jaxcl.models.decoder import decoder
-from jaxcl.models.spec import tiny
-
-WIDTH = 96
-
-
-class Bytes:
-    """One token a byte; 256 ends a sequence."""
-
-    eos_id, pad_id, vocab_size = 256, 0, 257
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
 @pytest.fixture(scope="module")
 def view() -> View:
-    model = decoder(tiny(vocab=257, layers=2))
-    params = model.init(model.spec, jax.random.key(1))
-    params = {k: v * 6 if "embed" in k else v * 5 if "attn/" in k else v for k, v in params.items()}
-    return View(model).at(model.spec, params, {}, {}, None)
+    return make_view(layers=2)
 
 
 @pytest.fixture(scope="module")
-def logits(view):
-    """logits(ids) -> f64[len(ids), V] by one plain forward of a fixed width, without cache or targets."""
-
-    @jax.jit
-    def run(params, batch):
-        hidden = view.model.apply(view.spec, params, batch).hidden
-        return view.model.head(view.spec, params, hidden, np.arange(WIDTH)[None])
-
-    def of(ids):
-        pad = (0, WIDTH - len(ids))
-        batch = {
-            "tokens": np.pad(np.int32(ids), pad)[None],
-            "segments": np.pad(np.ones(len(ids), np.int32), pad)[None],
-            "positions": np.pad(np.arange(len(ids), dtype=np.int32), pad)[None],
-        }
-        return np.asarray(run(view.params, batch), np.float64)[0, : len(ids)]
-
-    return of
+def logits(view) -> Logits:
+    return make_logits(view)
 
 
 def rows(n: int) -> list[dict]:

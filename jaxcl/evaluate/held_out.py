@@ -7,12 +7,11 @@ continual pre-training are differences of nats (`jaxcl.metrics.nats`).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxcl.evaluate.base import Eval, Item, Progress, shared
-from jaxcl.evaluate.nll import text_nll
+from jaxcl.evaluate.nll import UNITS, text_nll
 
 if TYPE_CHECKING:
     from jaxcl.models.tokenizer import Tokenizer
@@ -32,7 +31,7 @@ def held_out(
     RequestError: see `evaluate.nll.text_nll`.
     """
     nll = text_nll(f"{eval_id}/nll", documents, tokenizer, window=window, batch_size=batch_size, role=role)
-    sizes = [len(row["text"].encode()) * math.log(2) for row in documents]
+    sizes = [UNITS["bits_per_byte"](row["text"]) for row in documents]
     once = shared(nll.run)
 
     def bits(view: Any, progress: Progress) -> list[Item]:

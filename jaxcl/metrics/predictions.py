@@ -68,21 +68,20 @@ def _items(run: Path, e: Eval, rows: int, there: tuple[int, ...], stamps: tuple[
 def _read(path: Path, e: Eval) -> dict[str, list[float]]:
     """{id: parts} of one file; never more than n records."""
     out: dict[str, list[float]] = {}
-    n = e.n
     try:
         with gzip.open(path, "rb") as f:
             while line := f.readline(MAX_LINE + 1):
                 where = f"{path}, line {len(out) + 1}"
-                if len(line) > MAX_LINE or len(out) == n:
-                    raise RequestError(f"{where}: too much; accepted: {n} records below {MAX_LINE} bytes")
+                if len(line) > MAX_LINE or len(out) == e.n:
+                    raise RequestError(f"{where}: too much; accepted: {e.n} records below {MAX_LINE} bytes")
                 key, value = _record(line, where, e.pool)
                 if key in out:
                     raise RequestError(f"{where}: id {key!r} occurs twice; accepted: every item once")
                 out[key] = value
-    except (OSError, EOFError, zlib.error) as e:
-        raise RequestError(f"{path}: cannot be decompressed ({e}); accepted: a whole gzip file") from None
-    if len(out) != n:
-        raise RequestError(f"{path} has {len(out)} records; accepted: {n}, as the matrix says of this eval")
+    except (OSError, EOFError, zlib.error) as error:
+        raise RequestError(f"{path}: cannot be decompressed ({error}); accepted: a whole gzip file") from None
+    if len(out) != e.n:
+        raise RequestError(f"{path} has {len(out)} records; accepted: {e.n}, as the matrix says of this eval")
     return out
 
 
