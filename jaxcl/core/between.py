@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxcl.core import compose, journal
 from jaxcl.core.experiment import Experiment
@@ -23,10 +24,10 @@ from jaxcl.surgery.edit import carry, complete
 class Between:
     """What a stage hands to the next. ``owns``: {method: memory}, ``owner``: {path: method that made it}."""
 
-    def __init__(self, exp: Experiment, check: Callable[[], None]):
+    def __init__(self, exp: Experiment, check: Callable[[], None], mesh: Mesh | None = None):
         self.exp, self.check = exp, check
         self.methods: tuple[Method, ...] = tuple(exp.methods)
-        self.mesh = make_mesh(exp.mesh)
+        self.mesh = make_mesh(exp.mesh) if mesh is None else mesh
         self.placement = self._placement(exp.model.spec, exp.params)
         self.sources = [s.train for s in exp.stages]
         self.toolbox = Toolbox(exp.model, self.methods, self.sources, exp.batch_size, self.batch)

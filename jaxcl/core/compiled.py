@@ -44,20 +44,26 @@ class StepCache:
 
     def get(self, state: State, fixed: Fixed, phase: Phase, spec: Any, placement: Placement, batch: Any) -> Callable:
         """``step(state, fixed, batch, seed)``, compiled before the first batch is trained on. State is donated."""
-        exp = self.exp
-        key = (spec, phase.objective, phase.active, phase.tx or exp.tx, _shapes((state, fixed, batch)))
+        key = (spec, phase.objective, phase.active, phase.tx or self.exp.tx, _shapes((state, fixed, batch)))
         if key not in self._compiled:
-            step = make_step(exp.model.apply, spec, exp.methods, exp.tx, phase, exp.accumulate, exp.model.head)
-
-            def train_step(state: State, fixed: Fixed, batch: Any, seed: Any) -> Any:
-                return step(state, fixed, batch, seed)
-
-            of = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
-            ins = (of(state), of(fixed), of(batch), placement.replicated)
-            outs = (of(state), placement.replicated)
-            jitted = jax.jit(train_step, donate_argnums=0, in_shardings=ins, out_shardings=outs)
+            jitted = jitted_step(self.exp, state, fixed, batch, phase, spec, placement)
             self._compiled[key] = jitted.lower(state, fixed, batch, np.uint32(0)).compile()
         return self._compiled[key]
+
+
+def jitted_step(
+    exp: Experiment, state: State, fixed: Fixed, batch: Any, phase: Phase, spec: Any, placement: Placement
+) -> Any:
+    """The phase's ``step(state, fixed, batch, seed)`` under jit, with the shardings that the arguments (arrays, or
+    shapes with shardings) have. State is donated."""
+    step = make_step(exp.model.apply, spec, exp.methods, exp.tx, phase, exp.accumulate, exp.model.head)
+
+    def train_step(state: State, fixed: Fixed, batch: Any, seed: Any) -> Any:
+        return step(state, fixed, batch, seed)
+
+    of = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
+    ins = (of(state), of(fixed), of(batch), placement.replicated)
+    return jax.jit(train_step, donate_argnums=0, in_shardings=ins, out_shardings=(of(state), placement.replicated))
 
 
 def _shapes(tree: Any) -> Any:
