@@ -20,8 +20,8 @@ class Experiment:
     ``sha256`` identifies them). stages: objects with ``name``, ``train`` (a Source) and ``evals`` (ids that the
     stage teaches). evals: what is measured before the first and after every stage. epochs: passes over a stage's
     rows; steps: or a fixed number of steps. accumulate: micro-batches a step. mesh: {axis: size}, rules:
-    {logical axis: mesh axis}. save_every: steps between checkpoints (0: only between phases). keep: past stages
-    whose checkpoints stay. reset_opt: whether each stage starts with a fresh optimizer. pack: rows that may
+    {logical axis: mesh axis, or several}. save_every: steps between checkpoints (0: only between phases). keep: past
+    stages whose checkpoints stay. reset_opt: whether each stage starts with a fresh optimizer. pack: rows that may
     share a sequence. row0: whether the model is measured before training. phases: a stage's phases before the
     methods plan (default: one, ``train``, on the stage's own rows). keeps: what of past stages a method may hold, where
     the scenario limits it (`jaxcl.scenarios`).
@@ -39,7 +39,7 @@ class Experiment:
     seed: int = 0
     accumulate: int = 1
     mesh: Mapping[str, int] | None = None
-    rules: Mapping[str, str] | None = None
+    rules: Mapping[str, str | Sequence[str]] | None = None
     save_every: int = 50
     log_every: int = 1
     keep: int = 2

@@ -7,7 +7,7 @@ is never relied on, because ``zeros_like`` of a sharded array is replicated unde
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcl.errors import RequestError, nearest
 
-RULES: dict[str, str] = {"batch": "data", "vocab": "model", "heads": "model", "kv": "model", "mlp": "model"}
-"""Default {logical axis: mesh axis}; logical axes without a rule are replicated."""
+Rule = str | Sequence[str]
+RULES: dict[str, Rule] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "vocab": "model",
+    "heads": "model",
+    "kv": "model",
+    "mlp": "model",
+}
+"""Default {logical axis: mesh axis, or several}; mesh axes that a mesh lacks are left out, logical axes without a rule
+are replicated. ``data``: rows alone. ``fsdp``: rows, and the width of weights, which are gathered as they are used
+(Rajbhandari et al. 2020, ZeRO stage 3). ``model``: heads, hidden units and words (Shoeybi et al. 2019)."""
 
 
 def make_mesh(shape: Mapping[str, int] | None = None) -> Mesh:
@@ -36,32 +46,32 @@ def make_mesh(shape: Mapping[str, int] | None = None) -> Mesh:
 class Placement:
     """Where every array of a run lives. ``axes``: {path: logical name or None per dimension}."""
 
-    def __init__(self, mesh: Mesh, axes: Mapping[str, tuple[str | None, ...]], rules: Mapping[str, str] | None = None):
+    def __init__(self, mesh: Mesh, axes: Mapping[str, tuple[str | None, ...]], rules: Mapping[str, Rule] | None = None):
         self.mesh = mesh
         self.axes = dict(axes)
-        self.rules = dict(RULES if rules is None else rules)
-        for logical, axis in self.rules.items():
-            if rules is not None and axis not in mesh.axis_names:
-                raise RequestError(
-                    f"rule {logical!r}: no mesh axis {axis!r}; {nearest(axis, mesh.axis_names)}"
-                )
+        given = RULES if rules is None else rules
+        self.rules = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in given.items()}
+        for logical, names in self.rules.items():
+            for axis in names if rules is not None else ():
+                if axis not in mesh.axis_names:
+                    raise RequestError(f"rule {logical!r}: no mesh axis {axis!r}; {nearest(axis, mesh.axis_names)}")
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.rows = NamedSharding(mesh, PartitionSpec(*self._mesh_axes(("batch",), None)))
+        self.rows = NamedSharding(mesh, self._spec(("batch",), None))
 
-    def _mesh_axes(self, logical: tuple[str | None, ...], shape: tuple[int, ...] | None) -> list[str | None]:
+    def _spec(self, logical: tuple[str | None, ...], shape: tuple[int, ...] | None) -> PartitionSpec:
+        """Mesh axes by dimension. An axis serves one dimension, and only one that it divides: others stay whole."""
         used: set[str] = set()
-        out: list[str | None] = []
+        out: list[Any] = []
         for i, name in enumerate(logical):
-            axis = self.rules.get(name) if name else None
-            # A dimension that the mesh axis does not divide stays whole; a mesh axis serves one dimension.
-            fits = axis in self.mesh.axis_names and axis not in used
-            if fits and (shape is None or shape[i] % self.mesh.shape[axis] == 0):
-                assert axis is not None
-                used.add(axis)
-                out.append(axis)
-            else:
-                out.append(None)
-        return out
+            mine: list[str] = []
+            for axis in self.rules.get(name, ()) if name else ():
+                parts = math.prod(self.mesh.shape.get(a, 1) for a in (*mine, axis))
+                free = axis in self.mesh.shape and axis not in used
+                if free and (shape is None or shape[i] % parts == 0):
+                    used.add(axis)
+                    mine.append(axis)
+            out.append(tuple(mine) if len(mine) > 1 else mine[0] if mine else None)
+        return PartitionSpec(*out)
 
     def param(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """Sharding of an array that belongs to the parameter ``path``, right-aligned to its axes.
@@ -73,7 +83,7 @@ class Placement:
         if logical is None or len(shape) < len(logical):
             return self.replicated
         lead = len(shape) - len(logical)
-        return NamedSharding(self.mesh, PartitionSpec(*self._mesh_axes((None,) * lead + tuple(logical), shape)))
+        return NamedSharding(self.mesh, self._spec((None,) * lead + tuple(logical), shape))
 
     def tree(self, tree: Any) -> Any:
         """Shardings for a pytree of arrays (or shapes): by the last dict key that is a parameter path."""
@@ -93,18 +103,17 @@ class Placement:
         return jax.tree.map(move, tree, self.tree(tree))
 
     def batch(self, batch: Any) -> Any:
-        """A host batch (this process's rows) as global arrays, rows sharded over the data axis.
+        """A host batch (this process's rows) as global arrays, rows sharded over the axes of ``batch``.
 
-        Arrays that are on devices already stay as they are; what the data axis does not divide is replicated.
+        Arrays that are on devices already stay as they are; mesh axes that do not divide the rows are left out.
         """
-        parts = math.prod(self.mesh.shape[a] for a in self.rows.spec if a is not None)
 
         def put(x: Any) -> Any:
             if isinstance(x, jax.Array):
                 return x
             x = np.asarray(x)
-            even = x.ndim and (x.shape[0] * jax.process_count()) % parts == 0
-            return jax.make_array_from_process_local_data(self.rows if even else self.replicated, x)
+            spec = self._spec(("batch",), (x.shape[0] * jax.process_count(),)) if x.ndim else PartitionSpec()
+            return jax.make_array_from_process_local_data(NamedSharding(self.mesh, spec), x)
 
         return jax.tree.map(put, batch)
 
