@@ -62,4 +62,4 @@ def test_it_runs_at_small_settings(book, tmp_path, monkeypatch):
     demo = json.loads((work / "runs/demo/sequential/matrix.json").read_text())
     assert len(demo["rows"]) == 4 and demo["rows"][-1] != demo["row0"]
     shown = done.cells[-2].outputs[0]["data"]["text/html"]
-    assert shown.startswith("<iframe") and "odd" in shown
+    assert "<iframe" in shown and "odd" in shown
