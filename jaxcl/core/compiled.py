@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcl.core import journal
 from jaxcl.core.experiment import Experiment
+from jaxcl.core.rows import rows_at
 from jaxcl.core.sharding import Placement
 from jaxcl.core.signals import Compilations
 from jaxcl.core.step import make_step
@@ -59,7 +60,8 @@ def jitted_step(
     step = make_step(exp.model.apply, spec, exp.methods, exp.tx, phase, exp.accumulate, exp.model.head)
 
     def train_step(state: State, fixed: Fixed, batch: Any, seed: Any) -> Any:
-        return step(state, fixed, batch, seed)
+        with rows_at(placement.rows):
+            return step(state, fixed, batch, seed)
 
     of = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
     ins = (of(state), of(fixed), of(batch), placement.replicated)

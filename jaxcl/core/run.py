@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -46,6 +47,13 @@ def opened(
     name_or_path: str, overrides: Sequence[str], data: str | None, out: str | None, suffix: str = ""
 ) -> tuple[Experiment, Path, str, Any]:
     """(the experiment built, its run directory, its name, its resolved Config as JSON). Raises RequestError."""
+    module, cfg, name, plain = configured(name_or_path, overrides, data)
+    folder = Path(out) if out else Path("runs") / name / (short_hash(plain) + suffix)
+    return module.build(cfg), folder, name, plain
+
+
+def configured(name_or_path: str, overrides: Sequence[str], data: str | None) -> tuple[ModuleType, Any, str, Any]:
+    """(the experiment's module, its resolved Config, its name, the Config as JSON). Raises RequestError."""
     if data is not None:
         if not Path(data).is_dir():
             raise RequestError(f"--data {data}: no such directory")
@@ -54,9 +62,7 @@ def opened(
     cfg = override(module.Config(), overrides)
     name = Path(name_or_path).stem if name_or_path.endswith(".py") else Path(name_or_path).name
     name = Path(name_or_path).resolve().parent.name if name == "experiment" else name
-    plain = as_json(cfg)
-    folder = Path(out) if out else Path("runs") / name / (short_hash(plain) + suffix)
-    return module.build(cfg), folder, name, plain
+    return module, cfg, name, as_json(cfg)
 
 
 def train(

@@ -31,16 +31,27 @@ are replicated. ``data``: rows alone. ``fsdp``: rows, and the width of weights, 
 
 
 def make_mesh(shape: Mapping[str, int] | None = None) -> Mesh:
-    """A mesh over the first ``prod(shape)`` devices, axes in Auto mode; all devices as ``data`` by default.
+    """A mesh over the first ``prod(shape)`` devices, axes in Auto mode; all devices as ``data`` by default. One size
+    may be -1: what the others leave.
 
     Raises RequestError when there are too few devices.
     """
-    shape = dict(shape or {"data": jax.device_count()})
+    shape = mesh_sizes(shape, jax.device_count())
     need = math.prod(shape.values())
-    if need > jax.device_count() or need < 1:
+    if need > jax.device_count():
         raise RequestError(f"the mesh {shape} needs {need} devices; there are {jax.device_count()}")
     axes = (AxisType.Auto,) * len(shape)
     return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axes, devices=jax.devices()[:need])
+
+
+def mesh_sizes(shape: Mapping[str, int] | None, devices: int) -> dict[str, int]:
+    """{axis: size} with a -1 filled in. RequestError on sizes below 1, two of -1, and a rest that does not come out."""
+    given = dict(shape or {"data": devices})
+    open_, known = [k for k, v in given.items() if v == -1], math.prod(v for v in given.values() if v != -1)
+    if len(open_) > 1 or known < 1 or (open_ and devices % known):
+        wanted = "sizes of at least 1, one of them -1 for what the others leave"
+        raise RequestError(f"the mesh {given} on {devices} devices; accepted: {wanted}")
+    return given | dict.fromkeys(open_, devices // known)
 
 
 class Placement:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.core import compose
+from jaxcl.core.host_rng import host_rng
 from jaxcl.core.paths import merge, split
 from jaxcl.core.types import Batch, Clock, Method, Model, Outputs, Params, Stream, Tools, World
 from jaxcl.data.pipeline import batches as rows_once
@@ -51,7 +52,7 @@ class Toolbox:
 
         def batches(stage: int, n: int | None = None) -> Iterator[Batch]:
             self._check(world, stage)
-            seed = np.random.default_rng([int(x) for x in np.ravel(jax.random.key_data(world.key))] if world else 0)
+            seed = host_rng(world.key) if world else np.random.default_rng(0)
             size = len(self.sources[stage])
             rows = seed.permutation(size)[: size if n is None else min(n, size)]
             for batch in rows_once(self.sources[stage], np.sort(rows).tolist(), self.batch_size):

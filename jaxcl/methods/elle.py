@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.core.host_rng import host_rng
 from jaxcl.core.types import Batch, Budget, Method, Own, Params, Phase, Stream, World, method
 from jaxcl.errors import RequestError, unknown
 from jaxcl.methods import memory
@@ -197,7 +198,7 @@ def rest(phase: Phase, world: World) -> list[Stream]:
 def draws(phase: Phase, world: World) -> np.ndarray:
     """The new rows of a phase in the order of their draws, every epoch in another one."""
     new = np.concatenate([s.rows for s in phase.streams if not any(s is r for r in rest(phase, world))])
-    rng = np.random.default_rng([int(x) for x in np.ravel(jax.random.key_data(world.key))])
+    rng = host_rng(world.key)
     count = round(len(new) * phase.epochs)
     return np.concatenate([rng.permutation(new) for _ in range(-(-count // len(new)))])[:count]
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.core.host_rng import host_rng
 from jaxcl.core.types import Batch, Ctx, Method, Own, Params, Phase, Stream, World, method
 from jaxcl.errors import RequestError, unknown
 from jaxcl.losses.selection import top_share
@@ -118,8 +119,7 @@ def good_rows(reference: Any, world: World) -> np.ndarray:
     """int64: the rows of the stage that the reference learns from. RequestError: a row that is not there, no rows."""
     size = world.tools.size(world.stage)
     if isinstance(reference, int | float):
-        seed = [int(x) for x in np.ravel(jax.random.key_data(world.key))]
-        return np.sort(np.random.default_rng(seed).permutation(size)[: max(1, round(reference * size))])
+        return np.sort(host_rng(world.key).permutation(size)[: max(1, round(reference * size))])
     per_stage = len(reference) > 0 and not isinstance(reference[0], int)
     if per_stage and world.stage >= len(reference):
         raise RequestError(f"rho1: reference has rows for {len(reference)} stages, this is stage {world.stage + 1}")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxcl.core.host_rng import host_rng
 from jaxcl.core.types import World
 from jaxcl.data import pseudo
 from jaxcl.data.pseudo import Item
@@ -121,7 +122,7 @@ def sampled(
     recipe: Recipe, asked: int, shape: Shape, key: jax.Array, more: Fields,
 ) -> list[Item | None]:  # fmt: skip
     """One item per row asked for; None where it has not the written form."""
-    rng = np.random.default_rng([int(x) for x in np.ravel(jax.random.key_data(key))])
+    rng = host_rng(key)
     fronts = [front(kept, start, recipe, rng) for _ in range(asked)]
     stops = (end,) if recipe.labeller == "same" else (end, mark)
     how = How(

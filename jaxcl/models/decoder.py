@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..core.rows import keep_rows
 from ..core.types import Batch, Inject, Model, Outputs, Params
 from ..errors import RequestError
 from .blocks import Block, Embedding, RMSNorm, below
@@ -89,7 +90,7 @@ def apply(
         seen |= kept
         notes |= left
         written |= new
-    hidden = RMSNorm(below(params, "final_norm"), spec.norm_eps)(x)
+    hidden = RMSNorm(below(params, "final_norm"), spec.norm_eps)(keep_rows(x))
     nll = None
     if cache is None or "targets_at" in batch:
         nll = batch_nll(lambda rows: logits(spec, params, rows), hidden, batch, spec.nll_chunk)
@@ -148,7 +149,7 @@ def run_segment(
                 return y, here.seen, here.notes, written
 
             step = jax.checkpoint(block) if spec.remat == "block" else block
-            x, taps, left, written = step(x, views[prefix], old[prefix], layers[prefix])
+            x, taps, left, written = step(keep_rows(x), views[prefix], old[prefix], layers[prefix])
             seen |= {joined(prefix, name): value for name, value in taps.items()}
             notes |= {f"{prefix}/{site}": value for site, value in left.items()}
             if written is not None:
