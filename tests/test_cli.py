@@ -17,7 +17,7 @@ from jaxcl.cli import main
 from jaxcl.cli.app import app
 from jaxcl.errors import Interrupted, RequestError, RunFailed
 
-COMMANDS = ("demo", "run", "evaluate", "list", "fetch", "doctor", "score", "report", "export")
+COMMANDS = ("demo", "run", "evaluate", "list", "fetch", "plan", "doctor", "score", "report", "export")
 
 
 def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +40,7 @@ def test_help_and_errors_do_not_import_jax():
         f"codes = {{main([c, '--help']) for c in {COMMANDS!r}}}\n"
         "codes |= {main(['--help']), main([]), main(['--version'])}\n"
         "bad = ('lst', 'list methds', 'run', 'score none.json', 'run nowhere', 'report none --out x',\n"
-        "       'export none --format hf --out x')\n"
+        "       'export none --format hf --out x', 'plan demo --topology v9:2x2', 'plan nowhere --topology v5e:2x2')\n"
         "errors = {main(a.split()) for a in bad}\n"
         "heavy = [m for m in ('jax', 'jaxlib', 'flax', 'optax', 'orbax', 'grain') if m in sys.modules]\n"
         "print('RESULT', codes, errors, heavy)\n"

@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 _ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -16,6 +17,10 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+_NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
+"""What libtpu, where it is installed but no TPU is, would complain in C++ that nobody told it. Compiles nothing."""
+GOOGLE = "0x1ae0"  # of the PCI vendors; jax itself looks for TPUs so
+
 
 @contextlib.contextmanager
 def quiet(*, enabled: bool = True) -> Iterator[None]:
@@ -24,7 +29,7 @@ def quiet(*, enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    for name, value in _ENVIRONMENT.items():
+    for name, value in (_ENVIRONMENT | ({} if _tpu() else _NO_TPU)).items():
         os.environ.setdefault(name, value)
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -34,3 +39,8 @@ def quiet(*, enabled: bool = True) -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def _tpu() -> bool:
+    """Whether this machine may have TPUs."""
+    return any(file.read_text().strip() == GOOGLE for file in Path("/sys/bus/pci/devices").glob("*/vendor"))
