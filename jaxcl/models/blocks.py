@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from .attention import Part, attend
 from .cache import Written, write
 from .flow import Flow
+from .products import low_rank, product
 from .rope import rotate
 from .spec import DecoderSpec
 
@@ -63,7 +64,7 @@ class Dense(nnx.Module):
             scale = self.in_scale[...].astype(x.dtype)
             x = x * (scale if scale.ndim == 1 else scale[:, None])
         flow.see(f"{self.site}:in", x)
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = product(x, self.kernel[...].astype(x.dtype))
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(y.dtype)
         y = self.adapted(x, y, flow)
@@ -77,24 +78,20 @@ class Dense(nnx.Module):
             return y
         x = flow.drop(self.site, x)
         if hasattr(self, "lora_a"):
-            y = y + low_rank(x, self.lora_a[...], self.lora_b[...], self.lora_scale[...])
+            live = (self.lora_a, self.lora_b, self.lora_scale)
+            y = y + low_rank(x, *(leaf[...].astype(x.dtype) for leaf in live))
         if hasattr(self, "bank_a"):
             y = y + bank(x, self.bank_a[...], self.bank_b[...], self.bank_scale[...], flow.bank)
         return y
 
 
-def low_rank(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """scale (x a^T) b^T for x [..., in], a [r, in], b [out, r] -> [..., out]."""
-    inner = jnp.einsum("...i,ri->...r", x, a.astype(x.dtype)) * scale.astype(x.dtype)
-    return jnp.einsum("...r,or->...o", inner, b.astype(x.dtype))
-
-
 def bank(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, weight: jax.Array | None) -> jax.Array:
     """sum_s w[B,s] scale (x a_s^T) b_s^T for x [B,T,in], a [S,r,in], b [S,out,r]; weight None means ones."""
-    inner = jnp.einsum("bti,sri->btsr", x, a.astype(x.dtype)) * scale.astype(x.dtype)
-    if weight is not None:
-        inner = inner * weight[:, None, :, None].astype(x.dtype)
-    return jnp.einsum("btsr,sor->bto", inner, b.astype(x.dtype))
+    a, b, scale = (leaf.astype(x.dtype) for leaf in (a, b, scale))
+    if weight is None:  # then the slots are one adapter of rank S r
+        return low_rank(x, a.reshape(-1, a.shape[-1]), b.swapaxes(0, 1).reshape(b.shape[1], -1), scale)
+    inner = jnp.einsum("bti,sri->btsr", x, a) * scale
+    return jnp.einsum("btsr,sor->bto", inner * weight[:, None, :, None].astype(x.dtype), b)
 
 
 class RMSNorm(nnx.Module):
@@ -154,40 +151,6 @@ class Attention(nnx.Module):
         """[B,T,H*Dh] -> [B,T,H,Dh], normed over the whole width before the cut or over each head after it."""
         shape = (*y.shape[:-1], -1, self.spec.head_dim)
         return normed(y.reshape(shape)) if self.spec.qk_norm == "head" else normed(y).reshape(shape)
-
-
-class Part(NamedTuple):
-    """Keys and values [B,S,Hkv,Dh] and who may see them, bool [B,T,S]."""
-
-    k: jax.Array
-    v: jax.Array
-    mask: jax.Array
-
-
-def attend(q: jax.Array, parts: list[Part], scale: float | None = None) -> jax.Array:
-    """Softmax attention of q [B,T,H,Dh] over the keys of all parts at once -> [B,T,H,Dh].
-
-    Scores are times ``scale``, Dh ** -0.5 where it is None. The softmax is float32 and runs over the parts together: a
-    cache is never copied to stand beside the block.
-    """
-    b, t, h, dh = q.shape
-    q = q.reshape(b, t, parts[0].k.shape[2], -1, dh) * (dh**-0.5 if scale is None else scale)
-    scores = [
-        jnp.where(
-            part.mask[:, None, None],
-            jnp.einsum("bthgd,bshd->bhgts", q, part.k.astype(q.dtype), preferred_element_type=jnp.float32),
-            jnp.finfo(jnp.float32).min,
-        )
-        for part in parts
-    ]
-    prob = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    out, start = None, 0
-    for part in parts:
-        stop = start + part.k.shape[1]
-        y = jnp.einsum("bhgts,bshd->bthgd", prob[..., start:stop], part.v.astype(q.dtype))
-        out, start = (y if out is None else out + y), stop
-    assert out is not None
-    return out.reshape(b, t, h, dh)
 
 
 class GatedMLP(nnx.Module):

@@ -41,6 +41,7 @@ def rope(spec: DecoderSpec, kind: str, positions: jax.Array) -> Rope:
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Turns the pairs (x[i], x[i + Dh/2]) of [B,T,H,Dh] by their angles (Hugging Face's half-split order)."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    cos, sin = (jnp.concatenate([sign * part, part], axis=-1) for sign, part in zip((1, -1), rope))
+    wide = x.astype(jnp.float32)
+    other = wide.reshape(*x.shape[:-1], 2, -1)[..., ::-1, :].reshape(x.shape)  # each half's partner in its place
+    return (wide * cos + other * sin).astype(x.dtype)
