@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
