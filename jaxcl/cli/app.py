@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from jaxcl.cli import browse, export, measure, plan, train
+from jaxcl.cli import bench, browse, export, measure, plan, train
 from jaxcl.errors import unknown
 
 
@@ -39,5 +39,5 @@ def app(ctx: click.Context) -> Any:
         click.echo(ctx.get_help())
 
 
-for command in (*train.COMMANDS, *browse.COMMANDS, *measure.COMMANDS, *export.COMMANDS, *plan.COMMANDS):
+for command in (c for part in (train, browse, measure, export, plan, bench) for c in part.COMMANDS):
     app.add_command(command)

@@ -16,7 +16,7 @@ from jaxcl.core.paths import merge
 from jaxcl.core.sharding import Placement, make_mesh
 from jaxcl.core.step import step_key
 from jaxcl.core.tools import Toolbox
-from jaxcl.core.types import Method, Own, Params, Phase, State, Stream, World
+from jaxcl.core.types import Batch, Fixed, Method, Own, Params, Phase, State, Stream, World
 from jaxcl.errors import KeyTaken, RequestError
 from jaxcl.surgery.edit import carry, complete
 
@@ -151,6 +151,14 @@ class Between:
     def device(self, part: str) -> dict[str, Any]:
         """{method: the ``fixed`` or ``live`` part of its memory}, of those that have one."""
         return {m.name: self.owns[m.name][part] for m in self.methods if self.owns[m.name][part]}
+
+    def fixed(self, frozen: Params, batch: Batch) -> Fixed:
+        """What is constant in a phase, as its step gets it: every `fold` in list order. ``frozen`` itself stays."""
+        folded = frozen
+        for m in self.methods:
+            if m.fold is not None:
+                folded = m.fold(folded, self.owns[m.name], batch)
+        return Fixed(folded if folded is frozen else self.placement.put(folded), self.device("fixed"))
 
     # to and from the journal
 

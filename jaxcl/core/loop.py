@@ -25,7 +25,7 @@ from jaxcl.core.paths import merge, split
 from jaxcl.core.progress import Reporter
 from jaxcl.core.rundir import RunDir
 from jaxcl.core.signals import StopRequest
-from jaxcl.core.types import Clock, Fixed, Params, Phase, State
+from jaxcl.core.types import Clock, Params, Phase, State
 from jaxcl.core.view import View
 from jaxcl.data.pipeline import phase_steps, pipeline
 from jaxcl.errors import RunFailed
@@ -92,7 +92,6 @@ class Loop:
         counted = phase_steps(phase, now.sources, exp.batch_size, seed=(exp.seed, i, j), pack=exp.pack)
         steps, batches = lengths(phase, counted)
         train, frozen = split(now.world.params, compose.narrow(now.world.trained, phase))
-        fixed = Fixed(frozen, now.device("fixed"))
         state = State(Clock.at(self.step, i, j, 0, steps), train, self.opt, now.device("live"))
         state = self.compiled.with_optimizer(now.placement.put(state, copy=True), phase, now.placement)
         now.world, self.opt, train = now.world._replace(params=frozen), {}, {}  # the state owns them now
@@ -109,6 +108,7 @@ class Loop:
             feed.rollout, feed.made_at = journal.nest(arrays, "rollout"), self.store.read(entry)["meta"]["rollout"]
         done = first = int(state.clock.phase_step)
         state, batch = feed.first(done, state)
+        fixed = now.fixed(frozen, batch)
         step = self.compiled.get(state, fixed, phase, now.world.spec, now.placement, batch)
         self.reporter.start(f"{exp.stages[i].name} {phase.name}", steps, done)
         started, pending = time.monotonic(), None

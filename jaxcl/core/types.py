@@ -252,6 +252,7 @@ class Method:
     mask: Callable[[World, Own], dict[str, bool]] | None = None
     init: Callable[[World], Own] | None = None
     plan: Callable[[World, Own, list[Phase]], list[Phase]] | None = None
+    fold: Callable[[Params, Own, Batch], Params] | None = None
     collect: Callable[[World, Own, Batch, jax.Array], tuple[Batch, Own]] | None = None
     end: Callable[[World, Own], tuple[World, Own]] | None = None
     # inside the jitted step
@@ -265,7 +266,7 @@ class Method:
     @property
     def slots(self) -> tuple[str, ...]:
         """Names of the slots that are filled, in the order of the protocol."""
-        names = "begin mask init plan collect end wrap weigh loss grad project observe"
+        names = "begin mask init plan fold collect end wrap weigh loss grad project observe"
         return tuple(n for n in names.split() if getattr(self, n) is not None)
 
 

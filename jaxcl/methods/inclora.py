@@ -6,12 +6,12 @@ that follows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from jaxcl.core.types import Method, Own, World, method
+from jaxcl.core.types import Batch, Method, Own, Params, World, method
 from jaxcl.errors import RequestError
 from jaxcl.methods.lora import TARGETS, Hook, attach, freeze_base, fresh_slot, lora_scale
-from jaxcl.surgery.adapters import add_bank, to_bank
+from jaxcl.surgery.adapters import add_bank, fold_banks, to_bank
 
 
 @method
@@ -22,15 +22,17 @@ def inclora(
     targets: Sequence[str] = TARGETS,
     rslora: bool = False,
     max_stages: int = 16,
+    fold: bool = False,
     name: str = "inclora",
 ) -> Method:
     """y = W x + s sum_{i<=t} B_i A_i x, only (A_t, B_t) trained. s uses the rank of one adapter.
 
-    max_stages: the bank holds max_stages - 1 adapters and doubles, with one new compilation, beyond that.
+    max_stages: the bank holds max_stages - 1 adapters and doubles, with one new compilation, beyond that. fold: while a
+    phase trains, the bank is added to a second copy of the kernels, see `folding`.
     Other arguments and errors: see `jaxcl.methods.lora.lora`.
     """
     begin = banking(rank, lora_scale(rank, alpha, rslora), dropout, targets, max_stages)
-    return Method(name=name, begin=begin, mask=freeze_base, kinds={"sites": "sites"})
+    return Method(name=name, begin=begin, mask=freeze_base, fold=folding(fold, dropout), kinds={"sites": "sites"})
 
 
 def banking(rank: int, scale: float, dropout: float, targets: Sequence[str], max_stages: int) -> Hook:
@@ -48,3 +50,21 @@ def banking(rank: int, scale: float, dropout: float, targets: Sequence[str], max
         return fresh_slot(world, where, rank), {**own, "host": {"sites": where, "used": used + 1}}
 
     return begin
+
+
+def folding(fold: bool, dropout: float) -> Callable[[Params, Own, Batch], Params] | None:
+    """The `fold` of IncLoRA and O-LoRA: a step that costs what it does without a bank, for a second copy of the kernels.
+
+    The bank itself stays in the model: for the penalty, evaluation, checkpoints and export. Rows that weigh the bank
+    themselves (``bank_weight``) are not folded. Raises RequestError with dropout, which falls on the bank's input too
+    and would not on that of a kernel.
+    """
+    if not fold:
+        return None
+    if dropout:
+        raise RequestError(f"fold with dropout {dropout}: what is in a kernel has no dropout; accepted: dropout 0")
+
+    def folded(frozen: Params, own: Own, batch: Batch) -> Params:
+        return frozen if "bank_weight" in batch else fold_banks(frozen, own["host"]["sites"])
+
+    return folded

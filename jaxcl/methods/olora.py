@@ -16,7 +16,7 @@ from jaxcl.core.paths import sites
 from jaxcl.core.types import Ctx, Method, method
 from jaxcl.errors import RequestError, unknown
 from jaxcl.losses.penalties import frobenius, orthogonality
-from jaxcl.methods.inclora import banking
+from jaxcl.methods.inclora import banking, folding
 from jaxcl.methods.lora import TARGETS, freeze_base, lora_scale
 
 NORMS = ("l1", "l2sq")
@@ -33,12 +33,13 @@ def olora(
     targets: Sequence[str] = TARGETS,
     rslora: bool = False,
     max_stages: int = 16,
+    fold: bool = False,
     name: str = "olora",
 ) -> Method:
     """IncLoRA plus the orthogonality penalty; defaults are the reference code's for orders 1 to 3 on T5-large.
 
     Only A feels R_orth; the bank is frozen, empty slots are zeros and cost nothing. With both strengths 0 this is
-    IncLoRA bit for bit. Raises RequestError for a negative strength, an unknown norm; see `inclora` for the rest.
+    IncLoRA bit for bit. fold: see `jaxcl.methods.inclora.folding`. Raises RequestError for a negative strength, an unknown norm; see `inclora` for the rest.
     """
     for key, value in (("strength", strength), ("norm_strength", norm_strength)):
         if value < 0:
@@ -60,4 +61,5 @@ def olora(
 
     begin = banking(rank, lora_scale(rank, alpha, rslora), dropout, targets, max_stages)
     term = loss if strength or norm_strength else None
-    return Method(name=name, begin=begin, mask=freeze_base, loss=term, kinds={"sites": "sites"})
+    kinds, fixed = {"sites": "sites"}, folding(fold, dropout)
+    return Method(name=name, begin=begin, mask=freeze_base, fold=fixed, loss=term, kinds=kinds)

@@ -74,13 +74,13 @@ class Dense(nnx.Module):
 
     def adapted(self, x: jax.Array, y: jax.Array, flow: Flow) -> jax.Array:
         """y plus what the adapters at this site make of x."""
-        if not (hasattr(self, "lora_a") or hasattr(self, "bank_a")):
+        if not (hasattr(self, "lora_a") or hasattr(self, "bank_b")):
             return y
         x = flow.drop(self.site, x)
         if hasattr(self, "lora_a"):
             live = (self.lora_a, self.lora_b, self.lora_scale)
             y = y + low_rank(x, *(leaf[...].astype(x.dtype) for leaf in live))
-        if hasattr(self, "bank_a"):
+        if hasattr(self, "bank_b"):  # of one that is folded into the kernel only ``bank_a`` is left, for penalties
             y = y + bank(x, self.bank_a[...], self.bank_b[...], self.bank_scale[...], flow.bank)
         return y
 

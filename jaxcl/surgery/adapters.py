@@ -94,6 +94,30 @@ def delta(params: Params, site: str, prefix: str = "lora") -> jax.Array:
     return jnp.einsum(equation, a, b) * scale[..., None, None]
 
 
+def fold_banks(params: Params, sites: Sequence[str]) -> Params:
+    """``params`` with every bank added to its kernel, f32, and nothing left of it but ``bank_a``, which penalties read.
+
+    The forward pass then costs what it does without a bank; it is the same up to rounding. RequestError for a kernel
+    that is not float32: small deltas would be lost.
+    """
+    out = dict(params)
+    for s in sites:
+        if params[s + "/kernel"].dtype != jnp.float32:
+            found = params[s + "/kernel"].dtype
+            raise RequestError(f"fold: {s!r} is of {found}, which loses small deltas; accepted: float32 weights")
+        bank = {f"{s}/bank_{part}": params[f"{s}/bank_{part}"] for part in ("a", "b", "scale")}
+        out[s + "/kernel"] = _with_bank(params[s + "/kernel"], *bank.values())
+        for key in (s + "/bank_b", s + "/bank_scale"):
+            del out[key]
+    return out
+
+
+@jax.jit
+def _with_bank(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return kernel + delta({"s/bank_a": a, "s/bank_b": b, "s/bank_scale": scale}, "s", "bank")
+
+
 def merge(params: Params, sites: Sequence[str]) -> Params:
     """Kernels with all their adapters added, adapter keys gone. Computed in f32.
 
