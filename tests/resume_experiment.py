@@ -62,6 +62,7 @@ METHODS = {
     "merged": lambda: lora(merged=True, **ADAPTER),
     "inclora": lambda: inclora(max_stages=2, **ADAPTER),
     "olora": lambda: olora(max_stages=2, **ADAPTER),
+    "folded": lambda: olora(max_stages=2, fold=True, **ADAPTER | {"dropout": 0.0}),
     "llama_pro": lambda: llama_pro(groups=2),
     "elle": lambda: elle(growth=({"heads": 2, "layers": 1},), capacity=20, recover=4, segments=2),
     "ppo": lambda: ppo(reward="token:7", max_new=4, ptx=0.1, reference="ema"),

@@ -17,7 +17,7 @@ from jaxcl.cli import main
 from jaxcl.cli.app import app
 from jaxcl.errors import Interrupted, RequestError, RunFailed
 
-COMMANDS = ("demo", "run", "evaluate", "list", "fetch", "plan", "doctor", "score", "report", "export")
+COMMANDS = ("demo", "run", "evaluate", "list", "fetch", "plan", "doctor", "score", "report", "export", "bench")
 
 
 def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:

@@ -53,7 +53,7 @@ def test_every_slot_has_an_example_and_a_law(page):
 def together(page, tmp_path_factory):
     """One run of all examples."""
     made = methods(page)
-    assert len(made) == 14
+    assert len(made) == 15
     return run(made, tmp_path_factory.mktemp("all") / "out", n=2, tx=page.tx)
 
 
@@ -95,6 +95,17 @@ def test_weigh_and_the_objective(page):
     assert page.capped.weigh(ctx).tolist() == [[1, 0], [1, 0]]
     want = sum(w * (1 - np.exp(-x)) ** 2 * x for w, x in ((1, 0.5), (1, 9.0), (0.5, 7.9))) / 2.5
     assert float(page.focal(ctx)) == pytest.approx(want, rel=1e-5)
+
+
+def test_fold_is_for_the_step_alone(page):
+    b = Between(experiment([page.frozen_words, page.rounded], n=1, rows=8), lambda: None)
+    b.begin(0)
+    frozen = {"embed/kernel": b.world.params["embed/kernel"]}
+    found = np.asarray(b.fixed(frozen, {}).frozen["embed/kernel"])
+    start = np.asarray(frozen["embed/kernel"])
+    assert np.array_equal(found.view(np.int32) & 0xFFFF, np.zeros(found.shape)) and not np.array_equal(found, start)
+    np.testing.assert_allclose(found, start, rtol=2**-8)
+    assert np.array_equal(b.world.params["embed/kernel"], start)
 
 
 def test_grad_project_and_observe(page):

@@ -52,10 +52,11 @@ def setting(model: str, layers: int | None, rows: int, window: int, targets: int
 def document(model: str, at: Setting, rounds: int, warm: int) -> dict[str, Any]:
     """What all sides of a report share."""
     device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     return {
         "model": model, "layers": at.model.spec.layers, "rows": at.rows, "window": at.window, "targets": at.targets,
         "dtype": at.model.spec.dtype, "rounds": rounds, "warm": warm, "jax": jax.__version__,
-        "device": device.device_kind, "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "device": device.device_kind, "cores": cores,
     }  # fmt: skip
 
 

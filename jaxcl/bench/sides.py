@@ -1,8 +1,8 @@
-"""What `jaxcl bench` can measure: experiments on rows of random ids, each beside the plain one that it is compared with."""
+"""What `jaxcl bench` can measure: experiments on rows of random ids, each beside a plain one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -130,5 +130,3 @@ def filled(now: Between) -> None:
     book |= {"eps": book["eps"].at[:KEYS].set(1.0), "n": book["n"] + KEYS}
     live["book"] = jax.tree.map(now.placement.put, book)
 
-
-Change = Callable[[Between], None]

@@ -58,8 +58,8 @@ def bench(
     if as_json:
         click.echo(json.dumps({**whole, "sides": found}, indent=1))
         return
-    columns = ("side", "beside", "ms", "plain ms", "times", "lowest to highest", "by CPU time", "compilations", "MiB", "plain MiB")
-    console().print(plain_table([shown(r) for r in found], columns))
+    table = [shown(r) for r in found]
+    console().print(plain_table(table, list(table[0])))
 
 
 def shown(r: dict) -> dict:
@@ -69,8 +69,8 @@ def shown(r: dict) -> dict:
     return {
         "side": r["side"], "beside": r["base"] if r["against"] == "plain" else r["against"],
         "ms": f"{1e3 * r['seconds']:.1f}", "plain ms": f"{1e3 * r['base_seconds']:.1f}", "times": f"{r['ratio']:.3f}",
-        "lowest to highest": f"{low:.3f} to {high:.3f}", "by CPU time": f"{r['cpu_ratio']:.3f}", "compilations": r.get("compilations"),
-        "MiB": mib("bytes"), "plain MiB": mib("base_bytes"),
+        "lowest to highest": f"{low:.3f} to {high:.3f}", "by CPU time": f"{r['cpu_ratio']:.3f}",
+        "compilations": r.get("compilations"), "MiB": mib("bytes"), "plain MiB": mib("base_bytes"),
     }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxcl.caches import cache_folder, programs_folder
+
 Finding = dict[str, str]
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"),
@@ -63,13 +65,6 @@ def _devices() -> Finding:
     return _row("devices", f"{len(devices)} {devices[0].platform}", kinds)
 
 
-def cache_folder() -> Path:
-    """$JAXCL_CACHE, else the platform's user cache."""
-    import platformdirs
-
-    return Path(os.environ.get("JAXCL_CACHE") or platformdirs.user_cache_dir("jaxcl"))
-
-
 def _folders() -> Iterator[Finding]:
     cache = cache_folder()
     where = "$JAXCL_CACHE" if os.environ.get("JAXCL_CACHE") else "user cache; $JAXCL_CACHE moves it"
@@ -86,8 +81,9 @@ def _folders() -> Iterator[Finding]:
         yield _row("data", "not set", "set $JAXCL_DATA or use --data for benchmark data")
     else:
         yield _row("data", data, "$JAXCL_DATA" + ("" if Path(data).is_dir() else ": no such directory"))
-    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    yield _row("compilation cache", compiled or "not set", "$JAX_COMPILATION_CACHE_DIR")
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR") or programs_folder() or "off"
+    note = "$JAX_COMPILATION_CACHE_DIR moves it, JAXCL_COMPILE_CACHE=off stops it"
+    yield _row("compiled programs", str(compiled), note)
 
 
 def _extras() -> Iterator[Finding]:

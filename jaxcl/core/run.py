@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxcl import experiment_files
-from jaxcl.core import tracking
+from jaxcl.core import compile_cache, tracking
 from jaxcl.core.config import as_json, override, short_hash
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.loop import Loop
@@ -58,6 +58,7 @@ def configured(name_or_path: str, overrides: Sequence[str], data: str | None) ->
         if not Path(data).is_dir():
             raise RequestError(f"--data {data}: no such directory")
         os.environ["JAXCL_DATA"] = data
+    compile_cache.enable()
     module = experiment_files.load(name_or_path)
     cfg = override(module.Config(), overrides)
     name = Path(name_or_path).stem if name_or_path.endswith(".py") else Path(name_or_path).name

@@ -53,7 +53,7 @@ def banking(rank: int, scale: float, dropout: float, targets: Sequence[str], max
 
 
 def folding(fold: bool, dropout: float) -> Callable[[Params, Own, Batch], Params] | None:
-    """The `fold` of IncLoRA and O-LoRA: a step that costs what it does without a bank, for a second copy of the kernels.
+    """The `fold` of IncLoRA and O-LoRA: a step costs what it does without a bank, for a second copy of the kernels.
 
     The bank itself stays in the model: for the penalty, evaluation, checkpoints and export. Rows that weigh the bank
     themselves (``bank_weight``) are not folded. Raises RequestError with dropout, which falls on the bank's input too

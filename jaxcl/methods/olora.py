@@ -39,7 +39,8 @@ def olora(
     """IncLoRA plus the orthogonality penalty; defaults are the reference code's for orders 1 to 3 on T5-large.
 
     Only A feels R_orth; the bank is frozen, empty slots are zeros and cost nothing. With both strengths 0 this is
-    IncLoRA bit for bit. fold: see `jaxcl.methods.inclora.folding`. Raises RequestError for a negative strength, an unknown norm; see `inclora` for the rest.
+    IncLoRA bit for bit. fold: see `jaxcl.methods.inclora.folding`. Raises RequestError for a negative strength, an
+    unknown norm; see `inclora` for the rest.
     """
     for key, value in (("strength", strength), ("norm_strength", norm_strength)):
         if value < 0:

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..caches import cache_folder
 from ..errors import RequestError, unknown
 from . import download
 from .known import FILES, MODELS, WHEELS
@@ -30,15 +31,6 @@ HUB_FILES = (
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
 """What `load` reads of a repository on the hub."""
-
-
-def cache_dir() -> Path:
-    """$JAXCL_CACHE, else the platform's user cache."""
-    if os.environ.get("JAXCL_CACHE"):
-        return Path(os.environ["JAXCL_CACHE"]).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("jaxcl"))
 
 
 def terms(name: str) -> str | None:
@@ -147,7 +139,7 @@ def _read(path: Path, where: str) -> tuple[Model, Params, Tokenizer, dict[str, A
 
 def folder(name: str, source: str) -> Path:
     """Where a model's files from a source lie in the cache."""
-    return cache_dir() / "models" / name / source
+    return cache_folder() / "models" / name / source
 
 
 def damage(name: str, source: str) -> str | None:

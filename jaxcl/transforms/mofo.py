@@ -42,7 +42,7 @@ def top_mask(x: jax.Array, k: int) -> jax.Array:
         enough = count(equal & (index < middle)) >= left
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    # Of equals at the threshold the first ones count, those before `last`; without an excess there is nothing to look for.
+    # Of equals at the threshold the first ones count, those before `last`; without an excess all do.
     left = jnp.sum(equal) - excess
     last = jax.lax.while_loop(
         lambda ends: (excess > 0) & (ends[1] - ends[0] > 1), narrower, (jnp.int32(0), jnp.int32(bits.size))
@@ -59,7 +59,7 @@ def cut(bits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """(t, excess): k + excess entries of ``bits`` i32[n], n >= k, are at least t, and no larger t has k of them but
     where the excess is 0. All >= 0.
 
-    Between two ends that hold the k-th largest, the next guess is by the counts at the ends, every third one the middle.
+    Between two ends that hold the k-th largest, a guess is by the counts at the ends, every third one the middle.
     """
     (low, high), top = around(bits, k), jnp.int32(jnp.iinfo(jnp.int32).max)
     at_low, at_high = count(bits >= low), count(bits >= high)
