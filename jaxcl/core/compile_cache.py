@@ -22,10 +22,11 @@ def enable() -> Path | None:
     none. It is under $JAXCL_CACHE, apart for every kind of processor: what is compiled for one may not run on another.
     A folder that cannot be written to is no reason to fail. Programs that took a tenth of a second are kept.
     """
-    if jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    own, wanted = (getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache"))
+    if own:
+        return Path(own)
     folder = programs_folder()
-    if folder is None or not jax.config.jax_enable_compilation_cache:
+    if folder is None or not wanted:
         return None
     folder = folder / processor()
     try:
