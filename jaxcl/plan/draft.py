@@ -88,7 +88,7 @@ def draft(build: Callable[[], Experiment], mesh_of: Callable[[Experiment], Mesh]
         state = State(Clock.at(stage=stage, phase_len=2), train, opt, now.device("live"))
         kept.update(exp=exp, phase=phase, spec=now.world.spec, placement=now.placement)
         kept["batch"] = one_batch(exp, now, phase)
-        return state, Fixed(frozen, now.device("fixed"))
+        return state, now.fixed(frozen, kept["batch"])
 
     try:
         state, fixed = jax.eval_shape(stages)
