@@ -14,6 +14,9 @@ from support import MODEL, SPEC, STACK, experiment, weights
 
 from jaxcl.cli import main
 from jaxcl.core.between import Between
+from jaxcl.core.progress import Reporter
+from jaxcl.core.rows import keep_rows, rows_at
+from jaxcl.core.run import train
 from jaxcl.core.sharding import make_mesh
 from jaxcl.core.step import make_step
 from jaxcl.core.types import Clock, Fixed, Phase, State
@@ -222,6 +225,30 @@ def test_a_draft_holds_no_weights_and_counts_the_parts_of_a_chip():
     useful = work_of(drawn, 0, 1)["useful"]
     kernels = 64 * (layer - 2 * big.width)
     assert useful == 6 * (kernels * 8 * 12 + big.vocab * big.width * 8 * 3)
+
+
+def test_an_experiment_that_trains_as_it_is_built_is_refused_before_anything_is_written(tmp_path):
+    out = tmp_path / "base"
+
+    def build():
+        train(experiment([finetune()]), out, reporter=Reporter(quiet=True))
+        return experiment([finetune()])
+
+    with pytest.raises(RequestError, match="run the experiment, then plan"):
+        draft(build, lambda e: make_mesh(e.mesh), 1)
+    assert not out.exists()
+
+
+def test_rows_keep_their_place_where_the_mesh_divides_them():
+    mesh = jax.sharding.AbstractMesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", None))
+
+    def constraints(n: int) -> int:  # a new function each time: JAX keeps traces by function and shape
+        return str(jax.make_jaxpr(lambda x: keep_rows(x))(jnp.zeros((n, 3, 2)))).count("sharding_constraint[")
+
+    with rows_at(rows):
+        assert [constraints(n) for n in (8, 6)] == [1, 0]
+    assert constraints(8) == 0
 
 
 def test_what_can_change_is_named_in_order():

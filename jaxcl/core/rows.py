@@ -20,7 +20,8 @@ _ROWS: ContextVar[NamedSharding | None] = ContextVar("rows", default=None)
 
 @contextlib.contextmanager
 def rows_at(sharding: NamedSharding) -> Iterator[None]:
-    """While a step is traced in it, `keep_rows` means this sharding, whose first axis is that of rows."""
+    """While a step is traced in it, `keep_rows` means this sharding, whose first axis is that of rows. A function that
+    is jitted by itself, inside the step, keeps what it was first traced with."""
     token = _ROWS.set(sharding)
     try:
         yield

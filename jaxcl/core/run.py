@@ -86,6 +86,8 @@ def train(
     if old is not None and rundir.read("metrics.json") is not None:
         reporter.say(f"{out} is finished; its numbers are in metrics.json")
         return None
+    if isinstance(jax.numpy.zeros(()), jax.core.Tracer):  # `jaxcl plan`: nothing is computed there, so nothing is saved
+        raise RequestError(f"a plan computes nothing, but {out} has to be trained first; run the experiment, then plan")
     for line in differences(facts, {k: (old or facts).get(k) for k in facts}):
         reporter.say(f"note: {line}")
     if follow is not None:

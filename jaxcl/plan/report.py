@@ -1,10 +1,7 @@
 """One plan: the step compiled for a topology, and what it says about memory, work, messages and time.
 
-All bytes and seconds are of one chip and one step. Formulas (a roofline, Williams et al. 2009: the longest part hides
-the others, and nothing waits, so it is the least that a step can take):
-    compute = FLOPs / chips / peak, memory = bytes read and written / bandwidth, collectives = bytes sent / interconnect
-    step = max(compute, memory, collectives);  MFU = useful FLOPs / (step * chips * peak)
-    useful FLOPs = sum over kernels of (6 if trained, 4 if frozen) * size * tokens that meet it
+All bytes and seconds are of one chip and one step. The time is a roofline (Williams et al. 2009): the longest part
+hides the others, and nothing waits, so it is the least that a step can take. `FORMULAS` travel with every plan.
 """
 
 from __future__ import annotations
@@ -31,6 +28,14 @@ from jaxcl.plan.flops import flops
 from jaxcl.plan.traffic import traffic
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+FORMULAS = {
+    "compute_s": "flops.per_chip / peak.flops",
+    "memory_s": "bytes that the program reads and writes (hbm_bytes) / peak.bandwidth",
+    "collectives_s": "bytes that a chip sends (sent_bytes) / peak.ici",
+    "step_s": "max(compute_s, memory_s, collectives_s)",
+    "mfu": "flops.useful / (step_s * devices * peak.flops)",
+    "flops.useful": "sum over kernels of (6 if trained, 4 if frozen) * size * tokens that meet it",
+}
 _NEEDS = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
 Plan = dict[str, Any]
@@ -55,6 +60,7 @@ def plan(build: Callable[[], Experiment], topology: str, stage: int | None = Non
     found: Plan = {
         "topology": topology,
         "chip": chip.name,
+        "peak": {k: getattr(chip, k) for k in ("hbm", "flops", "bandwidth", "ici")},
         "devices": len(devices),
         "mesh": dict(drawn.placement.mesh.shape),
         "stage": int(drawn.stage),
@@ -116,8 +122,8 @@ def batch_of(drawn: Draft) -> dict[str, int]:
     rows, window = drawn.batch["tokens"].shape
     spread = rows // drawn.batch["tokens"].sharding.shard_shape((rows, window))[0]
     targets = drawn.batch["targets_at"].shape[1] if "targets_at" in drawn.batch else window
-    return {"rows": rows, "tokens": rows * window, "targets": rows * targets, "spread": spread,
-            "accumulate": drawn.exp.accumulate}  # fmt: skip
+    sizes = {"rows": rows, "tokens": rows * window, "targets": rows * targets}
+    return {**sizes, "spread": spread, "accumulate": drawn.exp.accumulate}
 
 
 def per_chip(leaf: Any) -> int:
@@ -207,4 +213,5 @@ def roofline(found: Plan, moved: int, chip: chips.Chip) -> dict[str, Any]:
     step = times[bound]
     useful = found["flops"]["useful"] / (step * found["devices"] * chip.flops)
     seconds = {f"{k}_s": v for k, v in times.items()}
-    return {**seconds, "step_s": step, "bound": bound, "mfu": useful, "hbm_bytes": moved, "sent_bytes": sent}
+    known = {"hbm_bytes": moved, "sent_bytes": sent, "formulas": FORMULAS}
+    return {**seconds, "step_s": step, "bound": bound, "mfu": useful, **known}

@@ -26,7 +26,8 @@ def gib(x: float | None) -> str:
 def verdict(found: Plan) -> str:
     """One line: whether it fits, or what would make it."""
     memory = found["memory"]
-    need = f"{gib(memory['total'])} of {gib(memory['capacity'])} a chip"
+    total, capacity = memory["total"], gib(memory["capacity"])
+    need = f"{gib(total)} of {capacity} a chip" if total else f"more than the {capacity} of a chip"
     changes = ", ".join(c["change"] for c in found.get("changes", ()))
     if found["fits"]:
         return f"fits: {need}" + (f", with {changes}" if changes else "")
@@ -56,6 +57,7 @@ def shown(found: Plan) -> None:
         out.print(plain_table(times(found), ("time of a step", "seconds", "from")))
         line = found["roofline"]
         out.print(f"at least {line['step_s']:.3g} s a step, by {line['bound']}; MFU at most {line['mfu']:.1%}")
+        out.print("; ".join(f"{k} = {v}" for k, v in line["formulas"].items()))
     big = [{**x, "per chip": gib(x["bytes"]), "shape": "x".join(map(str, x["shape"]))} for x in found["largest"]]
     out.print(plain_table([{"largest arrays": x.pop("name"), **x} for x in big],
                           ("largest arrays", "shape", "dtype", "spec", "per chip")))  # fmt: skip
