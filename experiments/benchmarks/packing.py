@@ -80,7 +80,7 @@ def main() -> None:
 
     from jaxcl.bench import sides
     from jaxcl.bench.measure import setting
-    from jaxcl.bench.running import Running
+    from jaxcl.bench.running import Running, at_stage
     from jaxcl.bench.turns import in_turn, summary
     from jaxcl.core.compiled import StepCache
     from jaxcl.core.experiment import Experiment
@@ -96,14 +96,15 @@ def main() -> None:
         model=at.model, params=at.params, stages=[Stage(args.data, source)], methods=sides.trained_by("lora"),
         tx=sides.adamw(), batch_size=args.batch, pack=args.pack, mesh={"data": 1},
     )  # fmt: skip
-    ours = Running(exp, 0, StepCache(exp), None)
-    steps = phase_steps(ours.phase, [source], exp.batch_size, seed=(exp.seed, 0, 0), pack=exp.pack)
+    [phase] = at_stage(exp, 0).plan(0)
+    steps = phase_steps(phase, [source], exp.batch_size, seed=(exp.seed, 0, 0), pack=exp.pack)
+    ours = Running(exp, 0, StepCache(exp), steps * (args.rounds + args.warm))
     batches = padded(source, 0)
     tokens = sum(int((source[i]["segments"] > 0).sum()) for i in range(len(source)))
     targets = sum(int(source[i]["weight"].sum()) for i in range(len(source)))
     with tempfile.TemporaryDirectory() as folder:
         write_hf(Path(folder), at.model.spec, at.params, tokenizer)
-        theirs = step.TorchStep(Path(folder), batches, "lora", compiled=False)
+        theirs = step.TorchStep(Path(folder), batches, "lora")
         found = summary(in_turn(Epoch(ours, steps), Epoch(theirs, len(batches)), args.rounds, args.warm))
     fill = {
         "rows": len(source), "tokens": tokens, "target_tokens": targets,

@@ -1,8 +1,9 @@
 """A training step of jaxcl beside the same step in torch: LoRA beside PEFT, full fine-tuning beside transformers.
 
 Same weights in float32, same rows of random ids whose last tokens are the answer, same rank, sites and AdamW, two
-threads, sides in turn in one process; torch runs sdpa attention, plain and under torch.compile. ``floor`` is our
-forward and backward pass with one adapter in the first layer and none elsewhere. From the repository's root:
+threads, sides in turn in one process; torch runs sdpa attention, with the logits of all positions as its trainers do,
+with those of the answer alone (which they do not offer), and under torch.compile. ``floor`` is our forward and backward
+pass with one adapter in the first layer and none elsewhere. From the repository's root:
 
     taskset -c 0,1 python experiments/benchmarks/step.py --rounds 5 --warm 5
     taskset -c 0,1 python experiments/benchmarks/step.py --rounds 5 --warm 5 --compile lora full
@@ -27,9 +28,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or a busy machine is paid
 
 
 class TorchStep:
-    """Calling it trains on the next batch: i64[B,T] ids, and labels that are -100 outside the answer."""
+    """Calling it trains on the next batch: i64[B,T] ids, and labels that are -100 outside the answer. keep: how many
+    tokens the answers at the rows' ends have, for their logits alone; 0: all positions have logits."""
 
-    def __init__(self, folder: Path, batches: list[tuple[Any, Any]], work: str, compiled: bool):
+    def __init__(
+        self, folder: Path, batches: list[tuple[Any, Any]], work: str, *, compiled: bool = False, keep: int = 0
+    ):
         import torch
         import transformers
 
@@ -42,6 +46,7 @@ class TorchStep:
 
             sites = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
             model = get_peft_model(model, sites)
+        self.keep = keep
         self.torch, self.trained = torch, [p for p in model.parameters() if p.requires_grad]
         self.tx = torch.optim.AdamW(self.trained, lr=RATE, weight_decay=0.0, fused=True)
         self.model = torch.compile(model.train()) if compiled else model.train()
@@ -50,7 +55,11 @@ class TorchStep:
 
     def __call__(self) -> None:
         ids, labels = self.batches[len(self.losses) % len(self.batches)]
-        loss = self.model(input_ids=ids, labels=labels).loss
+        if self.keep:
+            logits = self.model(input_ids=ids, logits_to_keep=self.keep + 1).logits[:, :-1]
+            loss = self.torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, -self.keep :].flatten())
+        else:
+            loss = self.model(input_ids=ids, labels=labels).loss
         loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.tx.step()
@@ -114,10 +123,11 @@ def main() -> None:
         write_hf(Path(folder), at.model.spec, at.params, load(args.model)[2])
         for work in args.work:
             ours = our_step(at, work, 10 * (args.rounds + args.warm))
+            kinds = {"torch": {}, "torch, answer's logits": {"keep": args.targets}}
+            kinds |= {"torch compiled": {"compiled": True}} if args.compile else {}
             others: dict[str, Callable[[], Any]] = {
-                name: lambda c=c, work=work: TorchStep(Path(folder), torch_batches(at), work, c)
-                for name, c in (("torch", False), ("torch compiled", True))
-                if args.compile or not c
+                name: lambda how=how, work=work: TorchStep(Path(folder), torch_batches(at), work, **how)
+                for name, how in kinds.items()
             }
             if work == "lora":
                 others["floor"] = lambda: our_step(at, "floor", args.rounds + args.warm)

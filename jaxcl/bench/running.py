@@ -35,7 +35,7 @@ class Running:
         _, batches = lengths(phase, steps)
         data = pipeline(
             now.sources, phase.streams, stage=stage, batch_size=exp.batch_size, steps=batches, seed=exp.seed,
-            epochs=phase.epochs,
+            epochs=phase.epochs, pack=exp.pack,
         )  # fmt: skip
         make = lambda state, batch: now.collect(phase, frozen, state, batch)  # noqa: E731
         self.feed = Feed(data, phase.collect_every, make, now.batch)
