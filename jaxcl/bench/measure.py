@@ -15,6 +15,7 @@ from jaxcl.bench import sides
 from jaxcl.bench.running import Looking, Running
 from jaxcl.bench.sides import Setting, Side
 from jaxcl.bench.turns import in_turn, summary
+from jaxcl.core import compile_cache
 from jaxcl.core.compiled import StepCache
 from jaxcl.core.experiment import Experiment
 from jaxcl.errors import RequestError
@@ -30,6 +31,7 @@ def setting(model: str, layers: int | None, rows: int, window: int, targets: int
             raise RequestError(f"--{name} is {value}; accepted: a whole number of at least 1")
     if window <= targets:
         raise RequestError(f"--window is {window}; accepted: more than the {targets} answer tokens of a row")
+    compile_cache.enable()
     if model == "tiny":
         from jaxcl.models.decoder import decoder
         from jaxcl.models.spec import tiny

@@ -17,6 +17,13 @@ from jaxcl.core.types import Batch, Clock, State
 from jaxcl.core.view import View
 from jaxcl.data.pipeline import pipeline
 
+Change = Callable[[Between], None]
+"""What is done to a stage's world before it is measured, such as filling a memory."""
+
+
+def as_it_is(now: Between) -> None:
+    """No change."""
+
 
 class Running:
     """Calling it takes one training step of the stage and waits for its end.
@@ -25,8 +32,9 @@ class Running:
     teachers have the size that they have in ``stage``. ``compiled`` may be shared by several stages, as in a run.
     """
 
-    def __init__(self, exp: Experiment, stage: int, compiled: StepCache, steps: int):
+    def __init__(self, exp: Experiment, stage: int, compiled: StepCache, steps: int, change: Change = as_it_is):
         now = at_stage(exp, stage)
+        change(now)
         phases = now.plan(0)
         phase = next((p for p in phases if p.name == "train"), phases[-1])
         train, frozen = split(now.world.params, now.world.trained)
@@ -59,7 +67,7 @@ class Running:
 class Looking:
     """Calling it asks the model of a stage, with all that methods wrap around it, for the nll of one batch."""
 
-    def __init__(self, exp: Experiment, stage: int, change: Callable[[Between], None] = lambda now: None):
+    def __init__(self, exp: Experiment, stage: int, change: Change = as_it_is):
         now = at_stage(exp, stage)
         change(now)
         self.view = View(exp.model, exp.methods, now.batch)

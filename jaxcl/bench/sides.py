@@ -120,13 +120,13 @@ def random_rows(at: Setting, stage: int) -> Rows:
     return Rows(f"s{stage}", [{"id": str(i)} for i in range(len(ids))], row, lambda record: "all")
 
 
-def filled(now: Between) -> None:
-    """Fills GRACE's codebook with random keys of radius 1."""
+def filled(now: Between, keys: int = KEYS) -> None:
+    """Fills GRACE's codebook with random keys of radius 1, too far from anything to be hit."""
     live = now.owns["grace"]["live"]
     book = dict(live["book"])
     rng = np.random.default_rng(0)
     for part in ("keys", "values"):
-        book[part] = book[part].at[:KEYS].set(rng.normal(size=(KEYS, book[part].shape[1])).astype(np.float32))
-    book |= {"eps": book["eps"].at[:KEYS].set(1.0), "n": book["n"] + KEYS}
+        book[part] = book[part].at[:keys].set(rng.normal(size=(keys, book[part].shape[1])).astype(np.float32))
+    book |= {"eps": book["eps"].at[:keys].set(1.0), "n": book["n"] + keys}
     live["book"] = jax.tree.map(now.placement.put, book)
 
