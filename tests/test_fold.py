@@ -67,6 +67,16 @@ def test_rows_that_weigh_the_bank_are_not_folded():
     assert b.fixed(b.world.params, weighed).frozen is b.world.params
 
 
+def test_a_kernel_that_another_method_trains_keeps_its_bank_beside_it():
+    b, batch = banked()
+    site = "layers/1/mlp/down"
+    trained = {f"{site}/kernel": b.world.params[f"{site}/kernel"]}
+    frozen = b.fixed({k: v for k, v in b.world.params.items() if k not in trained}, batch).frozen
+    assert [k for k in frozen if k.endswith("/bank_b")] == [site + "/bank_b"]
+    want = MODEL.apply(b.world.spec, b.world.params, batch).nll
+    np.testing.assert_allclose(MODEL.apply(b.world.spec, {**frozen, **trained}, batch).nll, want, rtol=2e-4, atol=2e-5)
+
+
 def test_a_run_is_that_without_the_fold_and_leaves_the_base_alone(tmp_path):
     plain, folded = (run([olora(fold=f, **HOW)], tmp_path / str(f)) for f in (False, True))
     assert folded.compilations == plain.compilations == 1

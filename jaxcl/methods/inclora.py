@@ -65,6 +65,8 @@ def folding(fold: bool, dropout: float) -> Callable[[Params, Own, Batch], Params
         raise RequestError(f"fold with dropout {dropout}: what is in a kernel has no dropout; accepted: dropout 0")
 
     def folded(frozen: Params, own: Own, batch: Batch) -> Params:
-        return frozen if "bank_weight" in batch else fold_banks(frozen, own["host"]["sites"])
+        # A kernel that another method trains is not here to be added to: its bank stays beside it.
+        here = [s for s in own["host"]["sites"] if s + "/kernel" in frozen]
+        return frozen if "bank_weight" in batch else fold_banks(frozen, here)
 
     return folded
