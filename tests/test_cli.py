@@ -60,7 +60,7 @@ def test_every_help_has_an_example(command, capsys):
     ("line", "expected"),
     [
         ("lst", "unknown command 'lst'; did you mean 'list'?"),
-        ("xyzzy", "accepted: demo, doctor"),
+        ("xyzzy", "accepted: bench, demo, doctor"),
         ("list methds", "'methds'; did you mean 'methods' or 'metrics'?"),
         ("list methods --jsn", "unknown option '--jsn' in 'jaxcl list'; did you mean '--json'?"),
         ("list --unheard-of-thing metrics", "accepted: --debug, --help, --json"),
