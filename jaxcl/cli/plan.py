@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import click
 
@@ -43,7 +44,11 @@ def plan(
     from jaxcl.plan.command import planned
     from jaxcl.plan.show import shown
 
-    found = planned(experiment, overrides, topology, data, stage, suggest, say=lambda line: click.echo(line, err=True))
+    def say(line: str) -> None:
+        if sys.stderr.isatty():  # elsewhere standard error is for errors
+            click.echo(line, err=True)
+
+    found = planned(experiment, overrides, topology, data, stage, suggest, say)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
