@@ -1,5 +1,8 @@
 """Runs on one device and on eight emulated ones; called as a process of its own by the tests of meshes.
 
+    mesh_runs.py OUT                what is run always: a few sets of methods, moves between meshes, MoFO
+    mesh_runs.py OUT matrix NAME    one row of test_methods_common.ROWS on every mesh
+
 Eight devices must be asked for before jax starts, and would slow every other test down.
 """
 
@@ -23,48 +26,60 @@ from support import SPEC, STACK, run, weights
 from jaxcl.core.loop import Loop
 from jaxcl.core.sharding import Placement, make_mesh
 from jaxcl.errors import Interrupted
+from jaxcl.methods.agem import agem
 from jaxcl.methods.ewc import ewc
+from jaxcl.methods.lwf import lwf
 from jaxcl.methods.olora import olora
 from jaxcl.methods.replay import replay
+from jaxcl.methods.si import si
 from jaxcl.models.decoder import decoder
 from jaxcl.transforms.mofo import scale_by_mofo
 
-MESHES = {"one": {"data": 1}, "many": {"data": 4, "model": 2}}
+MESHES = {"one": {"data": 1}, "many": {"data": 2, "fsdp": 2, "model": 2}}
+EVERY = {"one": {"data": 1}, "data": {"data": 8}, "fsdp": {"fsdp": 8}, "tensor": {"data": 2, "model": 4}}
 SETS = {
-    "olora+replay": lambda: [olora(rank=2, alpha=4.0, dropout=0.0, max_stages=2), replay(ratio=0.5)],
-    "ewc": lambda: [ewc(strength=50.0, rows=8)],
+    "olora+replay": lambda: [olora(rank=2, alpha=4.0, dropout=0.1, max_stages=2), replay(ratio=0.5)],
+    "ewc+si+lwf+agem": lambda: [ewc(strength=50.0, rows=8), si(strength=1.0), lwf(), agem(capacity=8)],
 }
 TX = optax.sgd(0.05, momentum=0.9)
+LARGE = SPEC.width * SPEC.mlp * 4 // 2  # bytes, half a kernel of an MLP: nothing as large as this may be on every device
 
 
-def both(out: Path, found: dict) -> None:
+def compared(out: Path, found: dict, sets: dict, meshes: dict) -> None:
     """Each set of methods on each mesh, over two stages."""
-    for name, methods in SETS.items():
-        for mesh, shape in MESHES.items():
+    for name, methods in sets.items():
+        for mesh, shape in meshes.items():
             done = run(methods(), out / f"{name}-{mesh}", n=2, mesh=shape, tx=TX)
             keep(found, f"{name}/{mesh}", done)
-            spread = [k for k, v in done.loop.now.world.params.items() if not v.sharding.is_fully_replicated]
-            found[f"{name}/{mesh}/spread"] = np.array([len(spread), len(done.params)])
 
 
 def keep(found: dict, name: str, done) -> None:
     found |= {f"{name}/params/{k}": v for k, v in done.params.items()}
     found[f"{name}/losses"] = done.losses()
+    arrays = jax.tree_util.tree_leaves_with_path((done.loop.now.world.params, done.loop.now.owns))
+    held = [
+        jax.tree_util.keystr(path) for path, x in arrays
+        if isinstance(x, jax.Array) and x.nbytes >= LARGE and x.sharding.num_devices > 1 and x.is_fully_replicated
+    ]  # fmt: skip
+    found[f"{name}/replicated"] = np.array([*held, *done.loop.compiled.replicated(LARGE)], np.str_)
+    spread = [k for k, v in done.loop.now.world.params.items() if not v.sharding.is_fully_replicated]
+    found[f"{name}/spread"] = np.array([len(spread), len(done.params)])
 
 
 def moved(out: Path, found: dict) -> None:
     """Starts on one mesh, is interrupted in the second stage, and goes on on the other."""
+    method = lambda: [ewc(strength=50.0, rows=8)]  # noqa: E731
     for first, second in (("one", "many"), ("many", "one")):
         where = out / f"moved-{first}"
         with interrupted_after(5):
             try:
-                run(SETS["ewc"](), where, n=2, mesh=MESHES[first], tx=TX, rows=32)
+                run(method(), where, n=2, mesh=MESHES[first], tx=TX, rows=32)
             except Interrupted:
                 pass
             else:
                 raise AssertionError("the run was not interrupted")
-        keep(found, f"moved/{second}", run(SETS["ewc"](), where, n=2, mesh=MESHES[second], tx=TX, rows=32))
-    keep(found, "moved/unbroken", run(SETS["ewc"](), out / "unbroken", n=2, mesh=MESHES["one"], tx=TX, rows=32))
+        keep(found, f"moved/{second}", run(method(), where, n=2, mesh=MESHES[second], tx=TX, rows=32))
+    keep(found, "moved/unbroken", run(method(), out / "unbroken", n=2, mesh=MESHES["one"], tx=TX, rows=32))
 
 
 class interrupted_after:
@@ -103,8 +118,13 @@ def mofo(found: dict) -> None:
 
 if __name__ == "__main__":
     out, results = Path(sys.argv[1]), {}
-    both(out, results)
-    moved(out, results)
-    mofo(results)
+    if sys.argv[2:3] == ["matrix"]:
+        from test_methods_common import ROWS
+
+        compared(out, results, {"row": lambda: [ROWS[sys.argv[3]]()]}, EVERY)
+    else:
+        compared(out, results, SETS, MESHES)
+        moved(out, results)
+        mofo(results)
     np.savez(out / "found.npz", **{k.replace("/", "|"): v for k, v in results.items()})
     print(json.dumps({"devices": jax.device_count()}))

@@ -297,9 +297,10 @@ def test_remat_and_bfloat16(params):
         return jax.jit(jax.grad(lambda p: MODEL.apply(spec, p, batch).nll.sum()))(params)
 
     plain = grads(SPEC, params)
-    again = grads(dataclasses.replace(SPEC, remat="block"), params)
-    for key in plain:
-        np.testing.assert_allclose(again[key], plain[key], rtol=1e-4, atol=1e-5)
+    for remat in ("block", "dots"):
+        again = grads(dataclasses.replace(SPEC, remat=remat), params)
+        for key in plain:
+            np.testing.assert_allclose(again[key], plain[key], rtol=1e-4, atol=1e-5)
     spec = dataclasses.replace(SPEC, dtype="bfloat16", param_dtype="bfloat16")
     half = {k: jnp.asarray(v, jnp.bfloat16) for k, v in params.items()}
     out = jitted(spec)(half, batch)
@@ -307,6 +308,19 @@ def test_remat_and_bfloat16(params):
     np.testing.assert_allclose(out.nll, jitted(SPEC)(params, batch).nll, atol=0.15)
     mixed = grads(dataclasses.replace(spec, param_dtype="float32"), params)
     assert {g.dtype for g in mixed.values()} == {jnp.dtype("float32")}
+
+
+def test_what_is_computed_again_in_the_backward_pass(params):
+    """Products with weights and between tokens under ``block``, those between tokens alone under ``dots``."""
+
+    def count(remat: str) -> int:
+        spec = dataclasses.replace(SPEC, remat=remat)
+        grad = jax.grad(lambda p: MODEL.apply(spec, p, batch_of()).nll.sum())
+        return sum(e.primitive.name == "dot_general" for e in equations(jax.make_jaxpr(grad)(params).jaxpr))
+
+    none, block, dots = map(count, ("none", "block", "dots"))
+    assert dots - none <= 2 * SPEC.layers, "scores, and values by them"
+    assert block - dots >= 6 * SPEC.layers, "and six kernels; the last one's output is nobody's input"
 
 
 def test_adapter_dropout_is_unbiased_and_only_in_training(params):

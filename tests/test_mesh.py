@@ -1,4 +1,4 @@
-"""One device and eight emulated ones, four by two, agree; a run moves from one mesh to another."""
+"""One device and eight emulated ones agree, for every method; a run moves from one mesh to another."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import relative
+from test_methods_common import ROWS
 
 SCRIPT = Path(__file__).with_name("mesh_runs.py")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, np.ndarray]:
-    out = tmp_path_factory.mktemp("mesh")
-    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(SCRIPT.parent)}
-    done = subprocess.run([sys.executable, str(SCRIPT), str(out)], env=env, capture_output=True, text=True)
+    return runs(tmp_path_factory.mktemp("mesh"))
+
+
+def runs(out: Path, *what: str) -> dict[str, np.ndarray]:
+    """What a process with eight devices found, see mesh_runs.py."""
+    above = [str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": os.pathsep.join(above)}
+    done = subprocess.run([sys.executable, str(SCRIPT), str(out), *what], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"devices": 8}
     with np.load(out / "found.npz", allow_pickle=False) as file:
@@ -31,14 +37,35 @@ def params(found: dict, name: str) -> dict[str, np.ndarray]:
     return {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
 
 
-@pytest.mark.parametrize("methods", ["olora+replay", "ewc"])
-def test_one_device_and_eight_agree(found, methods):
-    one, many = (f"{methods}/{mesh}" for mesh in ("one", "many"))
-    spread, keys = found[f"{many}/spread"]
-    assert spread > keys / 2, "weights are really spread over the mesh"
-    assert found[f"{one}/spread"][0] == 0
+def agree(found: dict, methods: str, mesh: str) -> None:
+    one, many = f"{methods}/one", f"{methods}/{mesh}"
     np.testing.assert_allclose(found[f"{many}/losses"], found[f"{one}/losses"], rtol=1e-5)
     assert relative(params(found, many), params(found, one)) < 1e-5
+
+
+@pytest.mark.parametrize("methods", ["olora+replay", "ewc+si+lwf+agem"])
+def test_one_device_and_eight_agree(found, methods):
+    spread, keys = found[f"{methods}/many/spread"]
+    assert spread > keys / 2, "weights are really spread over the mesh"
+    assert found[f"{methods}/one/spread"][0] == 0
+    agree(found, methods, "many")
+
+
+@pytest.mark.parametrize("methods", ["olora+replay", "ewc+si+lwf+agem"])
+def test_nothing_as_large_as_a_kernel_is_on_every_device(found, methods):
+    """Neither in what the compiled steps take and give, nor among weights and memories afterwards."""
+    assert found[f"{methods}/many/replicated"].tolist() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_every_method_on_every_mesh(tmp_path, name):
+    """Rows over eight devices, weights over eight (fsdp), rows over two by heads and hidden units over four."""
+    found = runs(tmp_path, "matrix", name)
+    for mesh in ("data", "fsdp", "tensor"):
+        agree(found, "row", mesh)
+    assert found["row/fsdp/replicated"].tolist() == []
+    assert len(found["row/data/replicated"]) > 0, "what is sharded by rows alone is on every device"
 
 
 @pytest.mark.parametrize("onto", ["one", "many"])

@@ -207,7 +207,7 @@ def test_processes_share_the_global_batch_without_overlap(sources, pack):
     streams = (rows_of(1, 33), rows_of(0, 20, into="ref"))
     how = {"stage": 1, "batch_size": 8, "steps": 5, "seed": 5, "pack": pack}
     whole = list(pipeline(sources, streams, **how))
-    parts = [list(pipeline(sources, streams, **how, process_index=p, process_count=4)) for p in range(4)]
+    parts = [list(pipeline(sources, streams, **how, local=range(2 * p, 2 * p + 2))) for p in range(4)]
 
     def join(*trees):
         first = trees[0]
@@ -220,8 +220,8 @@ def test_processes_share_the_global_batch_without_overlap(sources, pack):
 
     for step, expected in enumerate(whole):
         same(join(*(p[step] for p in parts)), expected)
-    with pytest.raises(RequestError, match="batch_size=8: accepted: a positive multiple of the 3 processes"):
-        pipeline(sources, streams, **how, process_count=3)
+    with pytest.raises(RequestError, match=r"batch_size=8, rows \[7, 8\] of it; accepted: 0..7"):
+        pipeline(sources, streams, **how, local=[7, 8])
 
 
 def test_packing_holds_every_row_once_and_whole(sources):

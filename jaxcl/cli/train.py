@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import click
 
+distributed = click.option(
+    "--distributed", is_flag=True, envvar="JAXCL_DISTRIBUTED", help="One of several processes (docs/meshes.md)."
+)
+
+
+def join(distributed: bool) -> None:
+    """Meets the other processes, where there are some, before anything asks JAX for its devices."""
+    if distributed:
+        from jaxcl.core import processes
+
+        processes.join()
+
 
 @click.command()
 @click.option("--out", metavar="DIR", help="Where runs and report go.")
@@ -29,6 +41,7 @@ def demo(out: str | None) -> int:
 @click.option(
     "--wandb", metavar="[PROJECT]", is_flag=False, flag_value="jaxcl", help="Send the scalars to Weights & Biases, too."
 )
+@distributed
 @click.pass_obj
 def run(
     obj: dict[str, bool],
@@ -37,11 +50,13 @@ def run(
     data: str | None,
     out: str | None,
     wandb: str | None,
+    distributed: bool,
 ) -> int:
     """Run EXPERIMENT, a name or a Python file.
 
     The same command again resumes, or says that the run is finished. --set may be repeated. --wandb needs
-    the extra 'tracking'; WANDB_MODE=offline keeps everything in the run directory.
+    the extra 'tracking'; WANDB_MODE=offline keeps everything in the run directory. --distributed: the same
+    command in every process; only the first writes files.
 
     \b
     Example:
@@ -50,6 +65,7 @@ def run(
     from jaxcl.experiment_files import find
 
     find(experiment)  # a misspelt name is answered before jax is imported
+    join(distributed)
     from jaxcl.core.run import run_experiment
 
     return run_experiment(experiment, list(overrides), data, out, obj["debug"], wandb)
@@ -60,7 +76,10 @@ def run(
 @click.option("--set", "overrides", metavar="A.B=C", multiple=True, help="Change a value of the Config.")
 @click.option("--data", metavar="DIR", help="Data directory (default: $JAXCL_DATA).")
 @click.option("--out", metavar="DIR", help="Run directory (default: runs/<experiment>/<hash of Config>-untrained).")
-def evaluate(experiment: str, overrides: tuple[str, ...], data: str | None, out: str | None) -> int:
+@distributed
+def evaluate(
+    experiment: str, overrides: tuple[str, ...], data: str | None, out: str | None, distributed: bool
+) -> int:
     """Measure EXPERIMENT's model untrained, on all its evals.
 
     Writes what `run` writes before it trains: matrix.json with row 0 alone, metrics.json and predictions.
@@ -72,6 +91,7 @@ def evaluate(experiment: str, overrides: tuple[str, ...], data: str | None, out:
     from jaxcl.experiment_files import find
 
     find(experiment)
+    join(distributed)
     from jaxcl.core.zero_shot import evaluate_experiment
 
     return evaluate_experiment(experiment, list(overrides), data, out)

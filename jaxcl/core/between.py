@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxcl.core import compose, journal
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.paths import merge
-from jaxcl.core.sharding import Placement, make_mesh
+from jaxcl.core.sharding import Placement, make_mesh, placed
 from jaxcl.core.step import step_key
 from jaxcl.core.tools import Toolbox
 from jaxcl.core.types import Batch, Fixed, Method, Own, Params, Phase, State, Stream, World
@@ -30,7 +30,7 @@ class Between:
         self.mesh = make_mesh(exp.mesh) if mesh is None else mesh
         self.placement = self._placement(exp.model.spec, exp.params)
         self.sources = [s.train for s in exp.stages]
-        self.toolbox = Toolbox(exp.model, self.methods, self.sources, exp.batch_size, self.batch)
+        self.toolbox = Toolbox(exp.model, self.methods, self.sources, exp.batch_size, self.batch, self.spread)
         self.owns: dict[str, Own] = {}
         self.owner: compose.Owner = {}
         params = self.placement.put(dict(sorted(exp.params.items())))
@@ -43,6 +43,10 @@ class Between:
     def batch(self, batch: Any) -> Any:
         """A host batch as global arrays under today's placement."""
         return self.placement.batch(batch)
+
+    def spread(self, tree: Any) -> Any:
+        """Shardings of a pytree of arrays under today's placement."""
+        return self.placement.tree(tree)
 
     def given(self, n: int, slot: int) -> World:
         """The world with the tools and the random key of one method's slot; a repeat gets the same key."""
@@ -112,7 +116,8 @@ class Between:
         world = world._replace(tools=self.toolbox.tools(world, owns, self.check, m))
         rollout, own = m.collect(world, owns[m.name], batch, key)
         live = self.placement.put(own["live"], copy=True)
-        return dataclasses.replace(state, live={**state.live, **({m.name: live} if live else {})}), self.batch(rollout)
+        rollout = jax.tree.map(lambda x: placed(x, self.placement.batch_of(np.shape(x))), rollout)
+        return dataclasses.replace(state, live={**state.live, **({m.name: live} if live else {})}), rollout
 
     def after(self, phase: Phase) -> None:
         """Host code behind a phase's last step, with the memory of the method that planned it."""
@@ -179,7 +184,7 @@ class Between:
     def place(self, key: str, shape: tuple[int, ...]) -> Any:
         """Sharding of a journal's array: by the last part of its key that is a parameter path."""
         if key.startswith("rollout/"):
-            return self.placement.rows if shape else self.placement.replicated
+            return self.placement.batch_of(shape)
         path = next((n for n in reversed(journal.parts(key)) if n in self.placement.axes), None)
         return self.placement.param(path, shape) if path else self.placement.replicated
 

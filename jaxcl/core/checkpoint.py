@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxcl.core.processes import together
 from jaxcl.errors import RunFailed
 
 Arrays = Mapping[str, Any]
@@ -48,7 +49,8 @@ def write_atomic(path: Path, text: str) -> None:
 class Store:
     """Entries under one folder. An array already written (the same object) is stored as a reference.
 
-    At most one save is under way; the next one, `wait` and `load` join it first, and raise RunFailed if it failed.
+    At most one save is under way; the next one, `wait` and `load` join it first, and raise RunFailed if it failed. Of
+    several processes each writes its part of the arrays; process 0 writes the manifest and tidies up.
     """
 
     def __init__(self, root: Path, process: int = 0):
@@ -67,8 +69,8 @@ class Store:
                 self._known[id(a)] = (weakref.ref(a), entry, key)
         self._known = {i: v for i, v in self._known.items() if v[0]() is not None}
 
-    def save(self, entry: str, arrays: Arrays, meta: Mapping[str, Any], data: Any = None) -> None:
-        """Starts writing an entry: ``arrays`` (device or numpy), ``meta`` (JSON) and a grain iterator."""
+    def save(self, entry: str, arrays: Arrays, meta: Mapping[str, Any]) -> None:
+        """Starts writing an entry: ``arrays`` (device or numpy) and ``meta`` (JSON). Collective."""
         self.wait()
         fresh, refs = {}, {}
         for key, a in arrays.items():
@@ -80,13 +82,13 @@ class Store:
         parts: dict[str, Any] = {
             "arrays": {k: v for k, v in fresh.items() if isinstance(v, jax.Array)},
             "host": {k: v for k, v in fresh.items() if not isinstance(v, jax.Array)},
-            "data": data,
         }
-        parts = {k: v for k, v in parts.items() if v is not None and (k == "data" or v)}
+        parts = {k: v for k, v in parts.items() if v}
         parts = parts or {"host": {"empty": np.zeros(1, np.int8)}}  # Orbax refuses to save nothing
-        content = {"meta": dict(meta), "refs": refs, "parts": {k: sorted(v) for k, v in parts.items() if k != "data"}}
+        content = {"meta": dict(meta), "refs": refs, "parts": {k: sorted(v) for k, v in parts.items()}}
         path = self.root / entry
-        self._manifest(entry).unlink(missing_ok=True)
+        if self.process == 0:
+            self._manifest(entry).unlink(missing_ok=True)
         try:
             response = ocp.save_checkpointables_async(path, parts, overwrite=True)
         except Exception as e:
@@ -109,13 +111,14 @@ class Store:
             self._failure = e
 
     def wait(self) -> None:
-        """Joins the save under way. Raises RunFailed when it failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise RunFailed(f"could not save a checkpoint under {self.root}: {failure}") from failure
+        """Joins the save under way. Raises RunFailed when it failed, in whichever process. Collective."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        failure, self._thread, self._failure = self._failure, None, None
+        if not together(failure is None):
+            why = failure or "another process says why"
+            raise RunFailed(f"could not save a checkpoint under {self.root}: {why}") from failure
 
     # reading
 
@@ -199,16 +202,13 @@ class Store:
             found |= {k: np.asarray(v) for k, v in ocp.load(path, checkpointable_name="host").items()}
         return found
 
-    def load_data(self, entry: str, iterator: Any) -> Any:
-        """The grain iterator, moved to where it was when the entry was saved."""
-        return ocp.load_checkpointables(self.root / entry, {"data": iterator})["data"]
-
     # tidying
 
     def delete(self, entry: str) -> None:
         """Removes an entry; the manifest first, so that a kill in between leaves nothing that looks whole."""
-        self._manifest(entry).unlink(missing_ok=True)
-        shutil.rmtree(self.root / entry, ignore_errors=True)
+        if self.process == 0:
+            self._manifest(entry).unlink(missing_ok=True)
+            shutil.rmtree(self.root / entry, ignore_errors=True)
         self._known = {i: v for i, v in self._known.items() if v[1] != entry}
         self._intact.pop(entry, None)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxcl.core import journal
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.rows import rows_at
-from jaxcl.core.sharding import Placement
+from jaxcl.core.sharding import Placement, replicated_leaves
 from jaxcl.core.signals import Compilations
 from jaxcl.core.step import make_step
 from jaxcl.core.types import Fixed, Phase, State
@@ -50,6 +50,10 @@ class StepCache:
             jitted = jitted_step(self.exp, state, fixed, batch, phase, spec, placement)
             self._compiled[key] = jitted.lower(state, fixed, batch, np.uint32(0)).compile()
         return self._compiled[key]
+
+    def replicated(self, least: int) -> dict[str, int]:
+        """{path: bytes} of what any step so far holds whole on every device, from ``least`` bytes on."""
+        return {k: v for step in self._compiled.values() for k, v in replicated_leaves(step, least).items()}
 
 
 def jitted_step(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 from jaxcl.core.types import Batch, Phase, State
 
@@ -10,10 +11,11 @@ Make = Callable[[State, Batch], tuple[State, Batch]]
 
 
 class Feed:
-    """Batches of a phase, by the number of the step. ``rollout`` is the one in use and part of a step's checkpoint,
-    ``made_at`` the step it was made for (-1: none yet); ``read`` the last batch of data, as it came."""
+    """Batches of a phase, by the number of the step. ``data``: an iterator of `jaxcl.data.pipeline`. ``rollout`` is
+    the one in use and part of a step's checkpoint, ``made_at`` the step it was made for (-1: none yet); ``read`` the
+    last batch of data, as it came."""
 
-    def __init__(self, data: Iterator[Batch], every: int, make: Make, place: Callable[[Batch], Batch]):
+    def __init__(self, data: Any, every: int, make: Make, place: Callable[[Batch], Batch]):
         self.data, self.every, self.make, self.place = data, every, make, place
         self.rollout: Batch = {}
         self.made_at = -1
@@ -23,9 +25,9 @@ class Feed:
         """The batch that the next call of `take` will give, for its shapes; the data's position stays."""
         if self.every:
             return self.take(step, state)
-        position = self.data.get_state()  # type: ignore[attr-defined]
+        position = self.data.get_state()
         batch = self.place(next(self.data))
-        self.data.set_state(position)  # type: ignore[attr-defined]
+        self.data.set_state(position)
         return state, batch
 
     def take(self, step: int, state: State) -> tuple[State, Batch]:

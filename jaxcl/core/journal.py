@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxcl.core.checkpoint import Store
+from jaxcl.core.processes import agree
 from jaxcl.core.types import World
 
 _ENTRY = re.compile(r"stages/(\d+)/(?:(\d+)-[^/]+/(begun|done|step-(\d+))|done)$")
@@ -82,13 +83,19 @@ def damage(store: Store, entry: str) -> str:
 
 
 def prune(store: Store, stage: int, keep: int, steps: int = 2) -> None:
-    """Removes step entries but the last two, and stages before the last ``keep``, unless something refers to them."""
+    """Removes step entries but the last two, and stages before the last ``keep``, unless something refers to them.
+
+    Collective: process 0 decides."""
+    for entry in agree(_outdated(store, stage, keep, steps) if store.process == 0 else []):
+        store.delete(entry)
+
+
+def _outdated(store: Store, stage: int, keep: int, steps: int) -> list[str]:
     entries = {e: p for e in store.entries() if (p := position(e)) is not None}
     step_entries = sorted((p, e) for e, p in entries.items() if p.kind == "step")
     old_steps = {e for _, e in step_entries[:-steps]}
     retained = {e for e, p in entries.items() if p.stage >= stage - keep and e not in old_steps}
-    for entry in set(entries) - store.closure(retained):
-        store.delete(entry)
+    return sorted(set(entries) - store.closure(retained))
 
 
 # a world as a flat dict of arrays and a JSON, and back

@@ -22,8 +22,10 @@ from jaxcl.core.experiment import Experiment
 from jaxcl.core.feed import Feed, lengths
 from jaxcl.core.measure import Measurements
 from jaxcl.core.paths import merge, split
+from jaxcl.core.processes import agree
 from jaxcl.core.progress import Reporter
 from jaxcl.core.rundir import RunDir
+from jaxcl.core.sharding import placed
 from jaxcl.core.signals import StopRequest
 from jaxcl.core.types import Clock, Params, Phase, State
 from jaxcl.core.view import View
@@ -50,7 +52,7 @@ class Loop:
 
     def run(self) -> None:
         """All stages that are not done yet. Raises Interrupted, RunFailed, RequestError."""
-        entry = journal.newest(self.store, self.reporter.say) if self.dir.checkpoints.exists() else None
+        entry = agree(self._newest())
         at = self._restore(entry) if entry else None
         if at is None:
             self.now.begin(0)
@@ -65,6 +67,11 @@ class Loop:
         self.store.wait()
         self.measure.finish(self.compiled.compilations)
         self.dir.close()
+
+    def _newest(self) -> str | None:
+        if not self.dir.writes or not self.dir.checkpoints.exists():
+            return None
+        return journal.newest(self.store, self.reporter.say)
 
     def _stage(self, i: int, at: journal.At | None, begun: bool) -> None:
         if at is None and not begun:
@@ -97,37 +104,41 @@ class Loop:
         now.world, self.opt, train = now.world._replace(params=frozen), {}, {}  # the state owns them now
         data = pipeline(
             now.sources, phase.streams, stage=i, phase=j, batch_size=exp.batch_size, steps=batches, seed=exp.seed,
-            epochs=phase.epochs, pack=exp.pack, process_index=jax.process_index(), process_count=jax.process_count(),
+            epochs=phase.epochs, pack=exp.pack, local=now.placement.rows_here(exp.batch_size),
         )  # fmt: skip
         make = lambda state, batch: now.collect(phase, frozen, state, batch)  # noqa: E731
-        feed = Feed(data, phase.collect_every, make, now.batch)
+        feed = Feed(data, phase.collect_every, make, lambda rows: now.placement.batch(rows, exp.batch_size))
         if at is not None and at.kind == "step":
             entry = journal.entry_name(i, j, phase.name, "step", at.step)
             arrays = self.store.load(entry, now.place, {})
-            state, feed.data = journal.unflatten_like(state, arrays, "state"), self.store.load_data(entry, data)
-            feed.rollout, feed.made_at = journal.nest(arrays, "rollout"), self.store.read(entry)["meta"]["rollout"]
+            state, meta = journal.unflatten_like(state, arrays, "state"), self.store.read(entry)["meta"]
+            feed.rollout, feed.made_at = journal.nest(arrays, "rollout"), meta["rollout"]
+            feed.data.set_state(meta["data"])
         done = first = int(state.clock.phase_step)
         state, batch = feed.first(done, state)
         fixed = now.fixed(frozen, batch)
         step = self.compiled.get(state, fixed, phase, now.world.spec, now.placement, batch)
         self.reporter.start(f"{exp.stages[i].name} {phase.name}", steps, done)
         started, pending = time.monotonic(), None
+        seed = placed(np.uint32(exp.seed), now.placement.replicated)
         while done < steps:
-            due = exp.save_every and done % exp.save_every == 0 and done > first
-            if due or self.stop.requested:  # before the next batch is taken, so that state and iterator agree
+            due, stop = exp.save_every and done % exp.save_every == 0 and done > first, self.stop.poll()
+            if due or stop:  # before the next batch is taken, so that state and iterator agree
                 self._log(pending, i, phase)
                 pending = None
                 started = self.measure.lap(i, "train", started)
                 entry = journal.entry_name(i, j, phase.name, "step", self.step + done)
                 meta = {"begun": begun, "reached": self.step + done, "rollout": feed.made_at, **self._meta()}
+                meta["data"] = feed.data.get_state()  # a batch's number, whoever reads which of its rows
                 arrays = journal.flatten(state, "state") | journal.flatten(feed.rollout, "rollout")
-                self.store.save(entry, arrays, meta, feed.data)
-                if self.stop.requested:
+                self.store.save(entry, arrays, meta)
+                if stop:
                     self.store.wait()
                     self.stop.check()
                 journal.prune(self.store, i, exp.keep)
             state, batch = feed.take(done, state)
-            state, metrics = step(state, fixed, batch, np.uint32(exp.seed))
+            with jax.transfer_guard("disallow"):  # all that a step reads and writes is on the devices
+                state, metrics = step(state, fixed, batch, seed)
             self._log(pending, i, phase)  # of the step before, while this one runs
             pending = (done, metrics, feed.read)
             done += 1

@@ -150,5 +150,5 @@ class Measurements:
         counted = {"train_step": compilations.by_name.get("train_step", 0), "all": compilations.total}
         self.account["compilations"] = counted
         self._write()
-        found = score_matrix(self.matrix(), self.dir.path) if self.exp.evals else {}
+        found = score_matrix(self.matrix(), self.dir.path) if self.exp.evals and self.dir.writes else {}
         self.dir.write("metrics.json", {**found, "accounting": self.account})

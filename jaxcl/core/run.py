@@ -19,6 +19,7 @@ from jaxcl.core import compile_cache, tracking
 from jaxcl.core.config import as_json, override, short_hash
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.loop import Loop
+from jaxcl.core.processes import together
 from jaxcl.core.progress import Reporter
 from jaxcl.core.rundir import RunDir, differences
 from jaxcl.core.signals import StopRequest
@@ -48,7 +49,7 @@ def opened(
 ) -> tuple[Experiment, Path, str, Any]:
     """(the experiment built, its run directory, its name, its resolved Config as JSON). Raises RequestError."""
     module, cfg, name, plain = configured(name_or_path, overrides, data)
-    folder = Path(out) if out else Path("runs") / name / (short_hash(plain) + suffix)
+    folder = Path(out) if out else Path("runs") / name / (short_hash(_what(plain)) + suffix)
     return module.build(cfg), folder, name, plain
 
 
@@ -78,12 +79,14 @@ def train(
     """Trains an experiment in a run directory, continuing what is there. None when it was finished already.
 
     follow: makes one more taker of the scalars that the events have (`jaxcl.core.tracking`)."""
-    reporter = reporter or Reporter()
+    reporter = reporter or Reporter(quiet=jax.process_index() > 0)
     rundir = RunDir(Path(out), jax.process_index())
     identity, facts = identity_of(exp, name, config), facts_of(exp)
     rundir.check(identity)
     old = rundir.read("config.json")
-    if old is not None and rundir.read("metrics.json") is not None:
+    finished = old is not None and rundir.read("metrics.json") is not None
+    together()  # all have looked before the first writes
+    if finished:
         reporter.say(f"{out} is finished; its numbers are in metrics.json")
         return None
     if isinstance(jax.numpy.zeros(()), jax.core.Tracer):  # `jaxcl plan`: nothing is computed there, so nothing is saved
@@ -110,13 +113,18 @@ def train(
 def identity_of(exp: Experiment, name: str, config: Any) -> dict[str, Any]:
     """What must be equal for a run directory to be this run's."""
     methods = {m.name: _plain(m.hparams) for m in exp.methods}
-    return {"experiment": name, "config": config or {}, "methods": methods, "source": _plain(exp.source)}
+    return {"experiment": name, "config": _what(config or {}), "methods": methods, "source": _plain(exp.source)}
 
 
 def facts_of(exp: Experiment) -> dict[str, Any]:
     """What is written down beside it."""
-    devices = [str(d) for d in jax.devices()]
-    return {"seed": exp.seed, "versions": _versions(), "commit": _commit(), "devices": devices}
+    devices, mesh = [str(d) for d in jax.devices()], dict(exp.mesh) if exp.mesh else None
+    return {"seed": exp.seed, "versions": _versions(), "commit": _commit(), "devices": devices, "mesh": mesh}
+
+
+def _what(config: dict[str, Any]) -> dict[str, Any]:
+    """A Config's values without ``mesh``: where a run is computed may change on the way."""
+    return {k: v for k, v in config.items() if k != "mesh"}
 
 
 def _plain(value: Any) -> Any:

@@ -6,11 +6,13 @@ is never relied on, because ``zeros_like`` of a sharded array is replicated unde
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -109,22 +111,34 @@ class Placement:
         return jax.tree_util.tree_map_with_path(place, tree)
 
     def put(self, tree: Any, *, copy: bool = False) -> Any:
-        """The pytree on its devices; ``copy`` forces fresh buffers, so that donating them harms nobody."""
-        move = lambda x, s: jax.device_put(x, s, may_alias=False if copy else None)  # noqa: E731
-        return jax.tree.map(move, tree, self.tree(tree))
+        """The pytree on its devices; ``copy`` forces fresh buffers, so that donating them harms nobody.
 
-    def batch(self, batch: Any) -> Any:
-        """A host batch (this process's rows) as global arrays, rows sharded over the axes of ``batch``.
-
-        Arrays that are on devices already stay as they are; mesh axes that do not divide the rows are left out.
+        What lives on the host has to be the same in every process, each of which takes its own part.
         """
+        return jax.tree.map(lambda x, s: placed(x, s, copy=copy), tree, self.tree(tree))
+
+    def batch_of(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Sharding of an array with a batch's rows in front; mesh axes that do not divide them are left out."""
+        return NamedSharding(self.mesh, self._spec(("batch",), shape)) if shape else self.replicated
+
+    def rows_here(self, n: int) -> np.ndarray:
+        """int64: which of a batch's ``n`` rows the devices of this process hold, ascending."""
+        held = self.batch_of((n,)).addressable_devices_indices_map((n,)).values()
+        return np.unique(np.concatenate([np.arange(n, dtype=np.int64)[index] for index in held if index is not None]))
+
+    def batch(self, batch: Any, total: int | None = None) -> Any:
+        """A host batch as global arrays, rows sharded over the axes of ``batch``. Every process gives the whole batch;
+        or, of ``total`` rows, `rows_here` alone. Arrays that are on devices already stay as they are."""
 
         def put(x: Any) -> Any:
             if isinstance(x, jax.Array):
                 return x
             x = np.asarray(x)
-            spec = self._spec(("batch",), (x.shape[0] * jax.process_count(),)) if x.ndim else PartitionSpec()
-            return jax.make_array_from_process_local_data(NamedSharding(self.mesh, spec), x)
+            if total is None or not x.ndim:
+                return placed(x, self.batch_of(x.shape))
+            shape, held = (total, *x.shape[1:]), self.rows_here(total)
+            part = lambda i: x[np.searchsorted(held, np.arange(total)[i[0]])][:, *i[1:]]  # noqa: E731
+            return jax.make_array_from_callback(shape, self.batch_of(shape), part)
 
         return jax.tree.map(put, batch)
 
@@ -133,3 +147,34 @@ class Placement:
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, self.tree(tree)
         )
+
+
+def placed(x: Any, sharding: NamedSharding, *, copy: bool = False) -> jax.Array:
+    """An array under this sharding. ``copy``: in a buffer of its own in any case."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding, may_alias=False if copy else None)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:  # in several processes already
+        return x if x.sharding == sharding and not copy else _copier(sharding)(x)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+@functools.cache
+def _copier(sharding: NamedSharding) -> Callable[[Any], jax.Array]:
+    return jax.jit(jnp.copy, out_shardings=sharding)  # without jnp.copy what comes out may be what went in
+
+
+def replicated_leaves(compiled: Any, least: int) -> dict[str, int]:
+    """{path: bytes} of what a compiled function takes or gives of at least ``least`` bytes that every device holds
+    whole, though there are several. ``compiled``: of ``jax.jit(f).lower(...).compile()``."""
+    ins, outs = (compiled.args_info, compiled.input_shardings), (compiled.out_info, compiled.output_shardings)
+    found = {}
+    for side, (infos, shardings) in {"in": ins, "out": outs}.items():
+        leaves = jax.tree_util.tree_leaves_with_path(infos)
+        for (path, x), sharding in zip(leaves, jax.tree.leaves(shardings, is_leaf=lambda s: s is None), strict=True):
+            size = math.prod(x.shape) * x.dtype.itemsize
+            if sharding is None:  # an argument that is not used
+                continue
+            if size >= least and sharding.is_fully_replicated and sharding.num_devices > 1:
+                found[side + jax.tree_util.keystr(path)] = size
+    return found

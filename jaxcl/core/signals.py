@@ -8,19 +8,24 @@ from types import FrameType
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from jaxcl.errors import Interrupted
 
 
 class StopRequest:
-    """While active, the first signal only sets `requested`; a second one of the same kind acts as usual."""
+    """While active, the first signal only sets `requested`; a second one of the same kind acts as usual.
+
+    Of several processes the one that gets SIGTERM tells the others through JAX, which names the poll at which all stop.
+    """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.polls = 0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._handle)
         return self
@@ -34,9 +39,17 @@ class StopRequest:
         self.requested = signal.Signals(number).name
         signal.signal(number, self._old.get(number, signal.SIG_DFL))
 
+    def poll(self) -> bool:
+        """Whether to save and stop now. All processes ask equally often and get the same answers."""
+        if jax.process_count() > 1 and not self.requested:
+            self.polls += 1
+            if multihost_utils.reached_preemption_sync_point(self.polls):
+                self.requested = signal.SIGTERM.name
+        return self.requested is not None
+
     def check(self) -> None:
         """Raises Interrupted when a signal came; for places where nothing new needs saving."""
-        if self.requested:
+        if self.poll():
             raise Interrupted(f"stopped by {self.requested}; everything is saved, the same command continues")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxcl.core import compose
 from jaxcl.core.host_rng import host_rng
 from jaxcl.core.paths import merge, split
+from jaxcl.core.processes import host
 from jaxcl.core.types import Batch, Clock, Method, Model, Outputs, Params, Stream, Tools, World
 from jaxcl.data.pipeline import batches as rows_once
 from jaxcl.errors import RequestError
@@ -40,9 +41,13 @@ class Forward:
 class Toolbox:
     """Makes `Tools` for a World; keeps what is compiled over all stages of a run."""
 
-    def __init__(self, model: Model, methods: Sequence[Method], sources: Sequence[Any], batch_size: int, place: Any):
+    def __init__(
+        self, model: Model, methods: Sequence[Method], sources: Sequence[Any], batch_size: int,
+        place: Callable[[Batch], Batch], spread: Callable[[Any], Any],
+    ):  # fmt: skip
         self.model, self.methods, self.sources = model, tuple(methods), sources
         self.batch_size, self.place = batch_size, place
+        self.spread = spread  # shardings of a tree of arrays by the paths in it, see `Placement.tree`
         self._asked: dict[Any, Callable] = {}
 
     def tools(
@@ -121,7 +126,7 @@ class Toolbox:
             stop()
             values = self._ask(fn, world, owns, batch, jax.random.fold_in(key, i), how="each")
             real = batch["row"] >= 0
-            jax.tree.map(lambda o, v, b=batch, r=real: o.__setitem__(b["row"][r], np.asarray(v)[r]), out, values)
+            jax.tree.map(lambda o, v, b=batch, r=real: o.__setitem__(b["row"][r], host(v)[r]), out, values)
         return out
 
     def _ask(self, fn: Callable, world: World, owns: dict, batch: Batch, key: jax.Array, how: str) -> Any:
@@ -148,13 +153,16 @@ class Toolbox:
 
             def add(carry: Any, item: tuple) -> tuple[Any, None]:
                 real = (item[1]["row"] >= 0).astype(jnp.float32)
-                return jax.tree.map(lambda c, v: c + real * v.astype(jnp.float32), carry, one(*item)), None
+                return spread(jax.tree.map(lambda c, v: c + real * v.astype(jnp.float32), carry, one(*item))), None
+
+            def spread(sums: Any) -> Any:  # a Fisher is as large as the model: no device has all of it
+                return jax.lax.with_sharding_constraint(sums, self.spread(sums))
 
             items = (jnp.arange(jax.tree.leaves(batch)[0].shape[0]), batch)
             if how == "each":
                 return jax.lax.map(lambda item: one(*item), items)
             shapes = jax.eval_shape(lambda: one(*jax.tree.map(lambda x: x[0], items)))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-            return jax.lax.scan(add, zeros, items)[0]
+            return jax.lax.scan(add, spread(zeros), items)[0]
 
         return jax.jit(ask)

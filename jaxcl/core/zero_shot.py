@@ -12,6 +12,7 @@ import jax
 from jaxcl.core.between import Between
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.measure import Measurements
+from jaxcl.core.processes import together
 from jaxcl.core.progress import Reporter
 from jaxcl.core.run import facts_of, identity_of, opened
 from jaxcl.core.rundir import RunDir
@@ -36,11 +37,13 @@ def evaluate(
     """
     if not exp.evals:
         raise RequestError(f"experiment {name!r} has no evals; nothing can be measured")
-    exp, reporter = dataclasses.replace(exp, methods=(), row0=True), reporter or Reporter()
+    exp, reporter = dataclasses.replace(exp, methods=(), row0=True), reporter or Reporter(quiet=jax.process_index() > 0)
     rundir = RunDir(Path(out), jax.process_index())
     identity = identity_of(exp, name, config)
     rundir.check(identity)
-    if rundir.read("metrics.json") is not None:
+    finished = rundir.read("metrics.json") is not None
+    together()  # all have looked before the first writes
+    if finished:
         reporter.say(f"{out} is finished; its numbers are in metrics.json")
         return
     rundir.create({**identity, **facts_of(exp)})

@@ -57,11 +57,11 @@ def pipeline(
     epochs: float = 1.0,
     shuffle: bool = True,
     pack: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
+    local: Sequence[int] | np.ndarray | None = None,
     prefetch: int = 2,
 ) -> grain.DatasetIterator:
-    """``steps`` batches of numpy arrays [B, ...], B = ``batch_size`` / ``process_count``.
+    """``steps`` batches of numpy arrays [B, ...]: of the ``batch_size`` rows of each those in ``local`` (all where
+    None), which alone are read, so that several processes share a batch.
 
     sources: training rows of every stage, by number; a stream's index rows point into the one of its stage.
     Batches have the fields of the examples and source i32[B] (number of the stream in ``streams``, -1: none)
@@ -71,14 +71,11 @@ def pipeline(
     group without rows is a masked row: an example with weight 0. With ``pack`` > 1: see `packing.merge`.
 
     The iterator has get_state and set_state (its state is the number of the next batch). RequestError:
-    streams whose examples differ in fields or shapes, indices outside a stage, a batch size that the
-    processes cannot share evenly.
+    streams whose examples differ in fields or shapes, indices outside a stage, rows outside the batch.
     """
-    if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
-        raise RequestError(
-            f"batch_size={batch_size}: accepted: a positive multiple of the {process_count} processes "
-            f"(this is process {process_index})"
-        )
+    rows = np.arange(batch_size) if local is None else np.asarray(local, np.int64)
+    if not len(rows) or rows.min() < 0 or rows.max() >= batch_size:
+        raise RequestError(f"batch_size={batch_size}, rows {rows.tolist()} of it; accepted: 0..{batch_size - 1}")
     names = ["main", *sorted({s.into for s in streams} - {"main"})]
     groups = [_Group(n, [(i, s) for i, s in enumerate(streams) if s.into == n], sources) for n in names]
     blank = next((g.example(0, 0) for g in groups if g.streams), None)
@@ -87,8 +84,7 @@ def pipeline(
     for group in groups:
         group.check(blank)
         group.plan(batch_size, steps, epochs, (seed, stage, phase), shuffle, pack)
-    local = _Local(groups, blank, batch_size // process_count, process_index, process_count, steps)
-    data = grain.MapDataset.source(local).batch(local.size)
+    data = grain.MapDataset.source(_Rows(groups, blank, batch_size, rows, steps)).batch(len(rows))
     # One thread reads ahead while the step runs; more would only compete with it.
     options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
     return iter(data.to_iter_dataset(options))
@@ -183,27 +179,26 @@ class _Group:
         return one | {"source": np.int32(source), "stage": np.int32(stage)}
 
 
-class _Local:
-    """This process's rows, in order: row j of it is row (j mod b) + process * b of batch j // b."""
+class _Rows:
+    """The rows ``local`` of every batch, in order."""
 
     def __init__(
-        self, groups: Sequence[_Group], blank: Example, size: int, process: int, processes: int, steps: int
+        self, groups: Sequence[_Group], blank: Example, batch_size: int, local: np.ndarray, steps: int
     ) -> None:
-        self.groups, self.blank, self.size = groups, blank, size
-        self.process, self.processes, self.steps = process, processes, steps
+        self.groups, self.blank, self.batch_size, self.local, self.steps = groups, blank, batch_size, local, steps
 
     def __len__(self) -> int:
-        return self.size * self.steps
+        return len(self.local) * self.steps
 
     def __getitem__(self, j: int) -> dict[str, Any]:
-        step, inside = divmod(int(j), self.size)
-        number = (step * self.processes + self.process) * self.size + inside
+        step, inside = divmod(int(j), len(self.local))
+        number = step * self.batch_size + int(self.local[inside])
         main, *others = self.groups
         nested = {group.name: group.sequence(number, self.blank) for group in others}
         return main.sequence(number, self.blank) | nested
 
     def __repr__(self) -> str:  # grain logs the repr of a source
-        return f"Rows(batches={self.steps}, rows={self.size}, process={self.process}/{self.processes})"
+        return f"Rows(batches={self.steps}, rows={len(self.local)} of {self.batch_size})"
 
 
 def _rows(number: int, stream: Stream, sources: Sequence[Source]) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxcl.core.processes import host
 from jaxcl.errors import RequestError
 from jaxcl.evaluate.base import Progress, bucket, filled, grouped
 from jaxcl.models.generate import Writing, Written
@@ -106,8 +107,8 @@ class Answers:
         rows = tuple(filled(column, self.batch_size) for column in columns)
         state = view.call(self.first, *rows)
         while True:
-            made, done = int(state.made), np.asarray(state.done)
-            answers = [self._answer(ids[:n]) for ids, n in zip(np.asarray(state.tokens), np.asarray(state.lengths))]
+            made, done = int(state.made), host(state.done)
+            answers = [self._answer(ids[:n]) for ids, n in zip(host(state.tokens), host(state.lengths))]
             ended = done | [len(a.text) < len(self.tokenizer.decode(a.ids)) for a in answers]
             if made >= self.how.max_new or ended.all():
                 return answers[: len(members)]

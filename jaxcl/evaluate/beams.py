@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.core.processes import host
 from jaxcl.core.types import Batch, Params
 from jaxcl.evaluate.base import bucket, filled
 from jaxcl.models.cache import Cache, extend, prefill
@@ -79,7 +80,7 @@ def search(
     states = [[Beam(0.0, (), root)] for _ in rows]
     while any(beam.live for state in states for beam in state):
         block, ends, children = _blocks(rows, states, beams, width, batch_size)
-        scores = np.asarray(view.call(next_scores, cache, block, ends, children), np.float64)
+        scores = host(view.call(next_scores, cache, block, ends, children)).astype(np.float64)
         states = [_grown(state, found, beams) for state, found in zip(states, scores)]
     return [[(beam.at, beam.score) for beam in state] for state in states]
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.core.processes import host
 from jaxcl.core.types import Batch, Params
 from jaxcl.data.encode import begun, encode_text
 from jaxcl.data.pipeline import stack
@@ -71,7 +72,7 @@ class Index:
         for size, members in grouped([bucket(len(one), self.window) for one in ids], self.batch_size):
             batch = [encode_text(ids[i], size, pad=self.tokenizer.pad_id) for i in members]
             vectors = view.call(mean_state, stack(batch + [batch[0]] * (self.batch_size - len(batch))))
-            for i, vector in zip(members, np.asarray(vectors, np.float32)):
+            for i, vector in zip(members, host(vectors).astype(np.float32)):
                 found[i] = vector
             done += len(members)
             progress(done, len(ids))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.core.processes import host
 from jaxcl.core.types import Batch, Clock, Model, Params
 from jaxcl.core.view import View
 from jaxcl.data.editing import Asked
@@ -178,7 +179,7 @@ class _Answers:
         done = 0
         for size, members in grouped([bucket(n, max(sizes)) for n in sizes], self.batch_size):
             rows = [row(i, size) for i in members]
-            result = np.asarray(call(rows + [rows[0]] * (self.batch_size - len(rows))))
+            result = host(call(rows + [rows[0]] * (self.batch_size - len(rows))))
             for i, one in zip(members, result):
                 found[i] = one
             done += len(members)

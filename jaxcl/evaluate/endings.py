@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.core.processes import host
 from jaxcl.core.types import Batch, Params
 from jaxcl.evaluate.base import Progress, filled
 from jaxcl.models.cache import Cache, extend, prefill, spread
@@ -48,7 +49,7 @@ def endings_nll(
         rest = size_of(max(len(prompts[i]) for i in members) - begin, 16)
         prompt = stacked([prompt_arrays(prompts[i], begin, rest) for i in members], batch_size)
         block = stacked([block_arrays(len(prompts[i]), blocks[i], *shape) for i in members], batch_size)
-        for i, row in zip(members, np.asarray(view.call(ending_nll, prompt, block))):
+        for i, row in zip(members, host(view.call(ending_nll, prompt, block))):
             found[i] = row[:, : len(endings[i])]
         done += len(members)
         progress(done, len(prompts))

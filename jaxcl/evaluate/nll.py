@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.core.processes import host
 from jaxcl.core.types import Batch, Params
 from jaxcl.data.encode import encode_text
 from jaxcl.data.pipeline import stack
@@ -156,7 +157,7 @@ class _Text:
             part = self.windows[at : at + self.batch_size]
             examples = [example for _, example in part]
             batch = stack(examples + [examples[0]] * (self.batch_size - len(part)))
-            values = np.asarray(view.call(fn, batch), np.float64)
+            values = host(view.call(fn, batch)).astype(np.float64)
             for (i, example), row in zip(part, values):
                 sums[i] += row @ example["weight"]
                 counts[i] += example["weight"].sum()

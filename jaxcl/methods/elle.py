@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.core.host_rng import host_rng
+from jaxcl.core.processes import host
 from jaxcl.core.types import Batch, Budget, Method, Own, Params, Phase, Stream, World, method
 from jaxcl.errors import RequestError, unknown
 from jaxcl.methods import memory
@@ -207,7 +208,7 @@ def mean_nll(world: World, stage: int, rows: np.ndarray) -> float:
     """Loss per target on past rows, in nats."""
     sums = np.zeros(2)
     for batch in world.tools.kept(stage, rows.tolist()):
-        sums += np.asarray(world.tools.call(nll_sums, batch, world.key), np.float64)
+        sums += host(world.tools.call(nll_sums, batch, world.key)).astype(np.float64)
     return float(sums[0] / max(sums[1], 1.0))
 
 

@@ -60,7 +60,7 @@ def ewc(
 
     def init(world: World) -> Own:
         trained = sorted(world.trained)
-        zeros = {k: jnp.zeros(slots + world.params[k].shape, jnp.float32) for k in trained}
+        zeros = {k: jnp.broadcast_to(none(world.params[k]), slots + world.params[k].shape) for k in trained}
         anchor = {k: jnp.broadcast_to(world.params[k], slots + world.params[k].shape) for k in trained}
         return {"fixed": {"fisher": zeros, "anchor": anchor}, "host": {"stages": 0}}
 
@@ -74,7 +74,7 @@ def ewc(
         t, old = own["host"]["stages"], own["fixed"]
         fixed: dict[str, Params] = {"fisher": {}, "anchor": {}}
         for k in old["fisher"]:
-            f = fresh.get(k, jnp.zeros(old["fisher"][k].shape[len(slots) :], jnp.float32))
+            f = fresh[k] if k in fresh else none(world.params[k])
             anchor = world.params[k]
             if mode == "separate":  # past the capacity, after the last stage, nothing is written
                 fixed["fisher"][k] = old["fisher"][k].at[t].set(f, mode="drop")
@@ -88,6 +88,11 @@ def ewc(
     watch = begin if mode == "separate" else None
     term = loss if strength else None
     return Method(name=name, begin=watch, init=init, loss=term, end=end, kinds=kinds)
+
+
+def none(x: jax.Array) -> jax.Array:
+    """The Fisher of what was never trained: f32 zeros on the devices that hold ``x``."""
+    return jnp.zeros_like(x, jnp.float32)
 
 
 def accumulate(old: jax.Array, new: jax.Array, mode: str, gamma: float, t: int) -> jax.Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.core.paths import concrete, is_stacked, layer_shape, per_tensor, sites
+from jaxcl.core.processes import host
 from jaxcl.core.types import Apply, Batch, Clock, Ctx, GradFn, Method, Outputs, Own, Params, Phase, World, method
 from jaxcl.errors import KeyTaken, RequestError
 from jaxcl.surgery.edit import restart
@@ -203,6 +204,6 @@ def shares(used: Mapping[str, jax.Array]) -> dict[str, float]:
     """{site of one layer: share of its units that past tasks use}: when it nears 1, nothing more can be learned."""
     out: dict[str, float] = {}
     for path, value in used.items():
-        rows = np.asarray(value, np.float64).reshape(len(concrete(path)), -1)
+        rows = host(value).astype(np.float64).reshape(len(concrete(path)), -1)
         out |= {p.removesuffix(LIVE): round(float(r.mean()), 4) for p, r in zip(concrete(path), rows)}
     return out

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxcl.core.processes import host
 from jaxcl.core.types import Batch, Params, World
 from jaxcl.data.pseudo import padded
 from jaxcl.surgery.vocabulary import opened
@@ -44,7 +45,7 @@ def write(
         block = padded([*some, *[()] * (rows - len(some))], width, fill=0)
         batch = {"tokens": block, "lengths": np.array(lengths, np.int32)}
         batch |= {name: np.full(rows, value, np.int32) for name, value in more.items()}
-        made, count = map(np.asarray, world.tools.call(_writer(how), batch, jax.random.fold_in(key, at)))
+        made, count = map(host, world.tools.call(_writer(how), batch, jax.random.fold_in(key, at)))
         written += [(ids[:n].tolist(), bool(n < how.most)) for ids, n in zip(made, count, strict=True)][: len(some)]
     return written
 

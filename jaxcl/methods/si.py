@@ -27,7 +27,7 @@ def si(strength: float = 0.1, xi: float = 1e-3, clamp: bool = True, name: str = 
 
     def init(world: World) -> Own:
         trained = {k: world.params[k] for k in sorted(world.trained)}
-        zeros = lambda: {k: jnp.zeros(v.shape, jnp.float32) for k, v in trained.items()}  # noqa: E731
+        zeros = lambda: {k: jnp.zeros_like(v, jnp.float32) for k, v in trained.items()}  # noqa: E731
         return {"fixed": {"omega": zeros(), "anchor": trained}, "live": {"path": zeros()}}
 
     def loss(ctx: Ctx) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxcl.core.host_rng import host_rng
+from jaxcl.core.processes import host
 from jaxcl.core.types import World
 from jaxcl.data import pseudo
 from jaxcl.data.pseudo import Item
@@ -174,7 +175,7 @@ def selected(world: World, items: list[Item], recipe: Recipe, each: int) -> list
     """At most ``each`` items: the first, or with ``clusters`` the most diverse by mean embedding of their prompts."""
     if not recipe.clusters or len(items) <= each:
         return items[:each]
-    table = np.asarray(world.params["embed/kernel"], np.float32)
+    table = host(world.params["embed/kernel"]).astype(np.float32)
     means = np.stack([table[list(i.prompt)].mean(0) for i in items])
     return [items[i] for i in pseudo.diverse(means, recipe.clusters, each, recipe.seed)]
 

@@ -26,6 +26,8 @@ from .spec import DecoderSpec, Run
 from .stacking import restack
 from .taps import joined, local_injections, local_taps, select
 
+SAVED = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}  # remat: what is kept
+
 
 def decoder(spec: DecoderSpec) -> Model:
     """The architecture as a record of free functions; see `jaxcl.core.types.Model`."""
@@ -148,7 +150,7 @@ def run_segment(
                 y, written = Block(view, spec)(x, here, old)
                 return y, here.seen, here.notes, written
 
-            step = jax.checkpoint(block) if spec.remat == "block" else block
+            step = block if spec.remat == "none" else jax.checkpoint(block, policy=SAVED[spec.remat])
             x, taps, left, written = step(keep_rows(x), views[prefix], old[prefix], layers[prefix])
             seen |= {joined(prefix, name): value for name, value in taps.items()}
             notes |= {f"{prefix}/{site}": value for site, value in left.items()}
