@@ -42,7 +42,7 @@ SETS = {
     "ewc+si+lwf+agem": lambda: [ewc(strength=50.0, rows=8), si(strength=1.0), lwf(), agem(capacity=8)],
 }
 TX = optax.sgd(0.05, momentum=0.9)
-LARGE = SPEC.width * SPEC.mlp * 4 // 2  # bytes, half a kernel of an MLP: nothing as large as this may be on every device
+LARGE = SPEC.width * SPEC.mlp * 4 // 2  # bytes, half an MLP's kernel: nothing of this size may be on every device
 
 
 def compared(out: Path, found: dict, sets: dict, meshes: dict) -> None:

@@ -60,7 +60,8 @@ class DecoderSpec:
     vocab, width, layers, heads, kv_heads, head_dim, mlp: sizes. tied: the head is the embedding.
     context: longest sequence it was made for. dtype: what the blocks compute in; norms, softmax and nll are
     float32 always. adapter_dropout: rate on the input of LoRA adapters while training. remat: ``'block'``
-    recomputes each block in the backward pass, ``'dots'`` all of it but products with weights. nll_chunk: targets whose logits exist at the same time.
+    recomputes each block in the backward pass, ``'dots'`` all of it but products with weights. nll_chunk: targets
+    whose logits exist at the same time.
     segments: ((kinds of layer, repeats), ...); a segment with more than one repeat is scanned, its layers
     stacked under one key; empty means every layer a ``'block'`` on its own.
 
