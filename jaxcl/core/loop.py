@@ -107,7 +107,7 @@ class Loop:
             epochs=phase.epochs, pack=exp.pack, local=now.placement.rows_here(exp.batch_size),
         )  # fmt: skip
         make = lambda state, batch: now.collect(phase, frozen, state, batch)  # noqa: E731
-        feed = Feed(data, phase.collect_every, make, lambda rows: now.placement.batch(rows, exp.batch_size))
+        feed = Feed(data, phase.collect_every, make, lambda rows: now.placement.share(rows, exp.batch_size))
         if at is not None and at.kind == "step":
             entry = journal.entry_name(i, j, phase.name, "step", at.step)
             arrays = self.store.load(entry, now.place, {})

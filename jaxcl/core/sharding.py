@@ -126,19 +126,21 @@ class Placement:
         held = self.batch_of((n,)).addressable_devices_indices_map((n,)).values()
         return np.unique(np.concatenate([np.arange(n, dtype=np.int64)[index] for index in held if index is not None]))
 
-    def batch(self, batch: Any, total: int | None = None) -> Any:
-        """A host batch as global arrays, rows sharded over the axes of ``batch``. Every process gives the whole batch;
-        or, of ``total`` rows, `rows_here` alone. Arrays that are on devices already stay as they are."""
+    def batch(self, batch: Any) -> Any:
+        """A host batch, whole and the same in every process, as global arrays, rows sharded over the axes of ``batch``.
+        Arrays that are on devices already stay as they are."""
+        put = lambda x: x if isinstance(x, jax.Array) else placed(x, self.batch_of(np.shape(x)))  # noqa: E731
+        return jax.tree.map(put, batch)
 
-        def put(x: Any) -> Any:
-            if isinstance(x, jax.Array):
-                return x
-            x = np.asarray(x)
-            if total is None or not x.ndim:
-                return placed(x, self.batch_of(x.shape))
-            shape, held = (total, *x.shape[1:]), self.rows_here(total)
+    def share(self, batch: Any, total: int) -> Any:
+        """The same of a batch of ``total`` rows of which every process gives its own, `rows_here`."""
+        held, sharding = self.rows_here(total), self.batch_of((total,))
+
+        def put(x: np.ndarray) -> jax.Array:
+            if sharding.is_fully_addressable:
+                return jax.device_put(x, sharding)
             part = lambda i: x[np.searchsorted(held, np.arange(total)[i[0]])][:, *i[1:]]  # noqa: E731
-            return jax.make_array_from_callback(shape, self.batch_of(shape), part)
+            return jax.make_array_from_callback((total, *x.shape[1:]), sharding, part)
 
         return jax.tree.map(put, batch)
 
