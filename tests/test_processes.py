@@ -112,6 +112,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path, dict]:
     return folder / "whole", folder / "broken", broken(folder / "broken")
 
 
+@pytest.mark.slow
 def test_two_processes_killed_then_one_then_two_train_as_one_does(runs):
     whole, out, found = runs
     assert [status for status, _, _ in found["killed"]] == [-signal.SIGKILL] * 2
@@ -120,12 +121,14 @@ def test_two_processes_killed_then_one_then_two_train_as_one_does(runs):
     compare(out, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(runs):
     _, _, found = runs
     for status, _, error in found["signal"]:
         assert status == 75 and "stopped by SIGTERM; everything is saved" in error, found["signal"]
 
 
+@pytest.mark.slow
 def test_only_the_first_process_speaks_and_writes(runs):
     _, out, found = runs
     (_, first, _), (_, second, _) = found["end"]
