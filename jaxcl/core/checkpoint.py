@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from jaxcl.core.bucket import files, remote, remove, size
 from jaxcl.core.processes import together
 from jaxcl.errors import RunFailed
 
@@ -32,12 +32,11 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.rglob("*") if f.is_file())
-
-
 def write_atomic(path: Path, text: str) -> None:
     """Writes a small file so that a kill leaves the old one or the new one, never half of one."""
+    if remote(path):  # an object is there whole or not at all
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(path.name + f".tmp{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as f:
         f.write(text)
@@ -54,7 +53,7 @@ class Store:
     """
 
     def __init__(self, root: Path, process: int = 0):
-        self.root, self.process = root.absolute(), process  # Orbax takes no relative path
+        self.root, self.process = root if remote(root) else root.absolute(), process  # Orbax takes no relative path
         self._known: dict[int, tuple[weakref.ref, str, str]] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -103,8 +102,8 @@ class Store:
             response.result()
             if self.process == 0:
                 folder = self.root / entry
-                files = {str(f.relative_to(folder)): [f.stat().st_size, _digest(f)] for f in _files(folder)}
-                body = json.dumps({**content, "files": files}, sort_keys=True)
+                sums = {str(f.relative_to(folder)): [size(f), _digest(f)] for f in sorted(files(folder))}
+                body = json.dumps({**content, "files": sums}, sort_keys=True)
                 seal = hashlib.sha256(body.encode()).hexdigest()
                 write_atomic(self._manifest(entry), json.dumps({"sha256": seal, "body": body}))
         except BaseException as e:
@@ -127,7 +126,7 @@ class Store:
 
     def entries(self) -> list[str]:
         """Names of all committed entries, sorted."""
-        found = self.root.rglob("*" + _MANIFEST)
+        found = (f for f in files(self.root) if f.name.endswith(_MANIFEST))
         return sorted(str(f.relative_to(self.root))[: -len(_MANIFEST)] for f in found)
 
     def read(self, entry: str) -> dict[str, Any]:
@@ -151,11 +150,11 @@ class Store:
         folder = self.root / entry
         try:
             content = self.read(entry)
-            for name, (size, digest) in content["files"].items():
+            for name, (length, digest) in content["files"].items():
                 file = folder / name
                 if not file.is_file():
                     return f"{name} is missing"
-                if file.stat().st_size != size or _digest(file) != digest:
+                if size(file) != length or _digest(file) != digest:
                     return f"{name} is not what was written"
         except (OSError, ValueError, KeyError, TypeError) as e:
             return f"unreadable manifest: {e}"
@@ -208,14 +207,15 @@ class Store:
         """Removes an entry; the manifest first, so that a kill in between leaves nothing that looks whole."""
         if self.process == 0:
             self._manifest(entry).unlink(missing_ok=True)
-            shutil.rmtree(self.root / entry, ignore_errors=True)
+            remove(self.root / entry)
         self._known = {i: v for i, v in self._known.items() if v[1] != entry}
         self._intact.pop(entry, None)
 
     def sweep(self) -> None:
         """Removes what a killed save left behind: Orbax's temporary folders."""
-        for tmp in list(self.root.rglob("*.orbax-checkpoint-tmp*")):
-            shutil.rmtree(tmp, ignore_errors=True)
+        if not remote(self.root):  # in a bucket Orbax writes a file when all the others are there
+            for tmp in list(self.root.rglob("*.orbax-checkpoint-tmp*")):
+                remove(tmp)
 
     def closure(self, entries: set[str]) -> set[str]:
         """The entries together with all that they refer to, directly or not."""

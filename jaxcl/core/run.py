@@ -15,7 +15,9 @@ from typing import Any
 import jax
 
 from jaxcl import experiment_files
+from jaxcl.caches import cache_folder
 from jaxcl.core import compile_cache, tracking
+from jaxcl.core.bucket import near, place, remote
 from jaxcl.core.config import as_json, override, short_hash
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.loop import Loop
@@ -49,12 +51,15 @@ def opened(
 ) -> tuple[Experiment, Path, str, Any]:
     """(the experiment built, its run directory, its name, its resolved Config as JSON). Raises RequestError."""
     module, cfg, name, plain = configured(name_or_path, overrides, data)
-    folder = Path(out) if out else Path("runs") / name / (short_hash(_what(plain)) + suffix)
+    folder = place(out) if out else Path("runs") / name / (short_hash(_what(plain)) + suffix)
     return module.build(cfg), folder, name, plain
 
 
 def configured(name_or_path: str, overrides: Sequence[str], data: str | None) -> tuple[ModuleType, Any, str, Any]:
     """(the experiment's module, its resolved Config, its name, the Config as JSON). Raises RequestError."""
+    given = data or os.environ.get("JAXCL_DATA", "")
+    if remote(given):
+        data = str(near(given, cache_folder()))
     if data is not None:
         if not Path(data).is_dir():
             raise RequestError(f"--data {data}: no such directory")
@@ -80,7 +85,7 @@ def train(
 
     follow: makes one more taker of the scalars that the events have (`jaxcl.core.tracking`)."""
     reporter = reporter or Reporter(quiet=jax.process_index() > 0)
-    rundir = RunDir(Path(out), jax.process_index())
+    rundir = RunDir(place(out), jax.process_index())
     identity, facts = identity_of(exp, name, config), facts_of(exp)
     rundir.check(identity)
     old = rundir.read("config.json")

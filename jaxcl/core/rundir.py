@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxcl.core.bucket import CHECKPOINTS, Mirror, remote
 from jaxcl.core.checkpoint import write_atomic
 from jaxcl.errors import RequestError, RunFailed
 
@@ -29,10 +30,12 @@ def differences(ours: Any, theirs: Any, at: str = "") -> list[str]:
 
 
 class RunDir:
-    """Files of one run. Only process 0 writes; nothing is made before `create`."""
+    """Files of one run. Only process 0 writes; nothing is made before `create`. Where ``home`` is in a bucket, ``path``
+    is a local copy of all but the checkpoints, pushed whenever something is written or flushed."""
 
-    def __init__(self, path: Path, process: int = 0):
-        self.path, self.writes = path, process == 0
+    def __init__(self, home: Path, process: int = 0):
+        self.mirror = Mirror(home) if remote(home) else None
+        self.home, self.path, self.writes = home, self.mirror.here if self.mirror else home, process == 0
         self.log_bytes = 0
         self.follow: Callable[[Path], Any] | None = None  # makes one more taker of the scalars, told the events' folder
         self._log: Any = None
@@ -40,7 +43,7 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.home / CHECKPOINTS
 
     def read(self, name: str) -> Any:
         """The JSON of one of our files, None where it is absent. RequestError when it is not JSON."""
@@ -54,18 +57,20 @@ class RunDir:
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Refuses a directory that belongs to something else. ``config``: what must be equal to continue."""
+        if self.mirror:
+            self.mirror.pull()
         if self.path.exists() and not self.path.is_dir():
-            raise RequestError(f"--out {self.path} is a file; give a directory")
+            raise RequestError(f"--out {self.home} is a file; give a directory")
         old = self.read("config.json")
         if old is None:
             if self.path.exists() and any(self.path.iterdir()):
-                raise RequestError(f"--out {self.path} is not empty and holds no run; give a new directory")
+                raise RequestError(f"--out {self.home} is not empty and holds no run; give a new directory")
             return
         found = differences(config, {k: old.get(k) for k in config})
         if found:
             more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
             raise RequestError(
-                f"--out {self.path} holds a run of another config: {'; '.join(found[:3])}{more}; give another directory"
+                f"--out {self.home} holds a run of another config: {'; '.join(found[:3])}{more}; give another directory"
             )
 
     def create(self, config: Mapping[str, Any]) -> None:
@@ -77,16 +82,22 @@ class RunDir:
             (self.path / "predictions").mkdir(exist_ok=True)
             if not (self.path / "config.json").exists():
                 write_atomic(self.path / "config.json", dump(config))
+            self._push()
         except OSError as e:
-            raise RequestError(f"cannot write to --out {self.path}: {e.strerror}") from e
+            raise RequestError(f"cannot write to --out {self.home}: {e.strerror or e}") from e
+
+    def _push(self) -> None:
+        if self.mirror and self.writes:
+            self.mirror.push()
 
     def write(self, name: str, value: Any) -> None:
         """One of our JSON files, replaced at once."""
         if self.writes:
             try:
                 write_atomic(self.path / name, dump(value))
+                self._push()
             except OSError as e:
-                raise RunFailed(f"cannot write {self.path / name}: {e.strerror}") from e
+                raise RunFailed(f"cannot write {self.home / name}: {e.strerror or e}") from e
 
     # the log
 
@@ -135,8 +146,9 @@ class RunDir:
                 os.fsync(self._log.fileno())
                 for taker in self._takers:
                     taker.flush()
+                self._push()
             except OSError as e:
-                raise RunFailed(f"cannot write {self.path / 'log.jsonl'}: {e.strerror}") from e
+                raise RunFailed(f"cannot write {self.home / 'log.jsonl'}: {e.strerror or e}") from e
 
     def close(self) -> None:
         for file in (self._log, *self._takers):
@@ -144,6 +156,8 @@ class RunDir:
                 with contextlib.suppress(OSError):  # a full disk was named before; what was saved stands
                     file.close()
         self._log, self._takers = None, []
+        if self.mirror:
+            self.mirror.remove()
 
     # measurements
 

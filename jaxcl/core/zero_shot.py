@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxcl.core.between import Between
+from jaxcl.core.bucket import place
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.measure import Measurements
 from jaxcl.core.processes import together
@@ -38,7 +39,7 @@ def evaluate(
     if not exp.evals:
         raise RequestError(f"experiment {name!r} has no evals; nothing can be measured")
     exp, reporter = dataclasses.replace(exp, methods=(), row0=True), reporter or Reporter(quiet=jax.process_index() > 0)
-    rundir = RunDir(Path(out), jax.process_index())
+    rundir = RunDir(place(out), jax.process_index())
     identity = identity_of(exp, name, config)
     rundir.check(identity)
     finished = rundir.read("metrics.json") is not None
