@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import pretrain
 import text
 
+from jaxcl.caches import cache_folder
 from jaxcl.core.config import short_hash
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.progress import Reporter
@@ -31,7 +32,6 @@ from jaxcl.methods.joint import joint
 from jaxcl.methods.olora import olora
 from jaxcl.methods.replay import replay
 from jaxcl.models.decoder import decoder
-from jaxcl.models.fetch import cache_dir
 
 Name = Literal["sequential", "replay", "ewc", "olora", "olora_replay", "joint"]
 RUNS: tuple[str, ...] = get_args(Name)
@@ -84,7 +84,7 @@ METHODS: dict[str, Callable[[Config], list[Method]]] = {
 
 def build(cfg: Config, weights: tuple[Params, str] | None = None) -> Experiment:
     """The run of one method on the weights of `base` (default: those in the cache, trained when absent)."""
-    params, digest = weights or base(cfg, cache_dir() / "demo" / _hash(cfg))
+    params, digest = weights or base(cfg, cache_folder() / "demo" / _hash(cfg))
     kinds = _kinds()
     return Experiment(
         model=decoder(pretrain.spec(cfg)),
