@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import time
 
-import numpy as np
 import optax
-from support import Answers, experiment
+from killed import Slow, nll
+from support import experiment
 from user_methods import theirs
 
 from jaxcl.core.experiment import Experiment
-from jaxcl.data.encode import Example
-from jaxcl.data.pipeline import batches
 from jaxcl.data.stage import Stage
 from jaxcl.errors import unknown
-from jaxcl.evaluate.base import Eval
 from jaxcl.methods.agem import agem
 from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
@@ -79,35 +74,13 @@ class Config:
     seed: int = 3
 
 
-class Slow(Answers):
-    """Reads a row in the time that the environment says, so that a signal from outside finds the run awake."""
-
-    def __getitem__(self, i: int) -> Example:
-        time.sleep(float(os.environ.get("JAXCL_TEST_PAUSE", "0")))
-        return super().__getitem__(i)
-
-
-def held_out(apply, head, spec, params, batch):
-    return apply(spec, params, batch).nll
-
-
-def evaluate(view, progress) -> list[dict]:
-    source, items = Answers("held out", 8, seed=99), []
-    for batch in batches(source, None, 8):
-        nll = np.asarray(view.call(held_out, {k: v for k, v in batch.items() if k != "row"}))
-        items += [{"id": source.id(i), "prediction": None, "score": float(x.sum())} for i, x in enumerate(nll)]
-    progress(8, 8)
-    return items
-
-
 def build(cfg: Config) -> Experiment:
     stages = [Stage(f"s{i}", Slow(f"s{i}", cfg.rows, seed=i), evals=("nll",)) for i in range(2)]
     tx = mofo(3e-3, fraction=0.2) if cfg.optimizer == "mofo" else optax.adam(3e-3)
-    evals = [Eval("nll", "nll", 8, evaluate, higher_is_better=False, range=(0.0, float("inf")))]
     for name in cfg.methods:
         if name not in METHODS:
             raise unknown("method", name, METHODS, where="resume_experiment")
     return experiment(
-        [METHODS[m]() for m in cfg.methods], stages=stages, tx=tx, evals=evals, batch_size=4, save_every=3,
+        [METHODS[m]() for m in cfg.methods], stages=stages, tx=tx, evals=[nll()], batch_size=4, save_every=3,
         reset_opt=cfg.reset_opt, seed=cfg.seed,
     )  # fmt: skip

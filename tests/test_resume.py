@@ -7,70 +7,31 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
+import killed
 import numpy as np
 import pytest
+from killed import contents, files, final, load, steps, stop, store
 from resume_experiment import METHODS
-from support import digest, run, tiny, weights
+from support import run, tiny
 
-from jaxcl.cli import main
 from jaxcl.core import journal
-from jaxcl.core.checkpoint import Store
 
 EXPERIMENT = Path(__file__).with_name("resume_experiment.py")
 REPLAY_EWC = ("--set", "methods=replay,ewc")
 OLORA_MOFO = ("--set", "methods=olora", "--set", "optimizer=mofo", "--set", "reset_opt=false")
-SINGLE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def here(out: Path, *settings: str) -> int:
     """The run in this process; its exit status."""
-    return main(["run", str(EXPERIMENT), "--out", str(out), *settings])
+    return killed.here(EXPERIMENT, out, *settings)
 
 
 def outside(out: Path, *settings: str) -> subprocess.Popen:
-    """The run in a process of its own, slow enough to be met in the middle of a stage."""
-    env = os.environ | {"JAXCL_TEST_PAUSE": "0.02", "PYTHONPATH": str(EXPERIMENT.parent)}
-    command = [sys.executable, "-m", "jaxcl", "run", str(EXPERIMENT), "--out", str(out), *settings]
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def stop(child: subprocess.Popen, out: Path, stage: int, number: int) -> tuple[int, str]:
-    """Sends a signal once the stage has a step checkpoint; (exit status, standard error)."""
-    folder = out / "checkpoints" / "stages" / f"{stage:03d}"
-    until = time.monotonic() + 180
-    while not list(folder.glob("*/step-*.manifest.json")):
-        assert child.poll() is None, child.communicate()[1]
-        assert time.monotonic() < until, "no checkpoint appeared"
-        time.sleep(0.01)
-    child.send_signal(number)
-    error = child.communicate(timeout=120)[1]
-    assert not (out / "metrics.json").exists(), "the signal came too late to test anything"
-    return child.returncode, error
-
-
-def store(out: Path) -> Store:
-    return Store(out / "checkpoints")
-
-
-def load(out: Path, entry: str, source: dict | None = None) -> dict[str, np.ndarray]:
-    source = journal.flatten(weights() if source is None else source, "params")
-    arrays = store(out).load(entry, lambda *_: SINGLE, source)
-    return {k: np.asarray(v) for k, v in arrays.items()}
-
-
-def final(out: Path) -> tuple[str, bytes, str]:
-    """Hash of all weights and memories after the last stage, the log's bytes, the matrix."""
-    return digest(load(out, "stages/001/done")), (out / "log.jsonl").read_bytes(), (out / "matrix.json").read_text()
-
-
-def steps(out: Path) -> list[str]:
-    """Step checkpoints, the newest last."""
-    return [e for e in store(out).entries() if journal.position(e).kind == "step"]
+    """The run in a process of its own."""
+    return killed.outside(EXPERIMENT, out, *settings)
 
 
 class Broken:
@@ -116,15 +77,15 @@ def test_replay_and_ewc_killed_in_mid_stage(broken, tmp_path, capfd):
 
 
 def test_olora_and_mofo_with_a_kept_optimizer_killed_in_mid_stage(tmp_path):
-    killed = Broken(tmp_path, OLORA_MOFO)
-    killed.check(killed.killed)
+    run = Broken(tmp_path, OLORA_MOFO)
+    run.check(run.killed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_killed_in_mid_stage(name, tmp_path):
-    killed = Broken(tmp_path, ("--set", f"methods={name}"))
-    killed.check(killed.killed)
+    run = Broken(tmp_path, ("--set", f"methods={name}"))
+    run.check(run.killed)
 
 
 def test_sigterm_then_sigint_save_and_exit_75(broken, tmp_path):
@@ -154,10 +115,6 @@ def test_a_flipped_byte_in_any_file_falls_back_to_the_checkpoint_before(broken, 
         said: list[str] = []
         assert journal.newest(store(out), said.append) == expected, file
         assert any(newest in line and "damaged" in line and expected in line for line in said), said
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
 
 
 def flip(file: Path) -> None:
@@ -206,12 +163,12 @@ def test_half_a_line_in_the_log_is_cut_and_a_lost_log_is_refused(broken, tmp_pat
 
 def test_a_directory_of_another_config_is_refused_with_the_difference(broken, tmp_path, capfd):
     out = broken.copy(tmp_path / "out")
-    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    before = contents(out)
     assert here(out, *broken.settings, "--set", "seed=4", "--set", "rows=65") == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
     assert "config.seed is 3 there and 4 here" in error and "config.rows is 64 there and 65 here" in error
-    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
+    assert contents(out) == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"meow")
     assert here(tmp_path / "photos", *broken.settings) == 2 and "holds no run" in capfd.readouterr().err

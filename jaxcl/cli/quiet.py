@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,21 +25,24 @@ GOOGLE = "0x1ae0"  # of the PCI vendors; jax itself looks for TPUs so
 
 @contextlib.contextmanager
 def quiet(*, enabled: bool = True) -> Iterator[None]:
-    """Silences logging and warnings inside the block. Must be entered before jax is imported: XLA reads
-    its log level once. What a user has set in the environment wins. ``enabled=False`` changes nothing."""
+    """Silences logging and warnings inside the block, and what threads say of an exception that nobody awaits any more
+    (of a failed save: dozens of tracebacks, while we have its reason). Must be entered before jax is imported: XLA
+    reads its log level once. What a user has set in the environment wins. ``enabled=False`` changes nothing."""
     if not enabled:
         yield
         return
     for name, value in (_ENVIRONMENT | ({} if _tpu() else _NO_TPU)).items():
         os.environ.setdefault(name, value)
-    before = logging.root.manager.disable
+    before, hook = logging.root.manager.disable, sys.excepthook
     logging.disable(logging.CRITICAL)
+    sys.excepthook = lambda *_: None  # an exception of the command itself goes up through the block
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+        sys.excepthook = hook
 
 
 def _tpu() -> bool:

@@ -6,9 +6,9 @@ Orbax commits a save by a rename and loads a flipped byte without a word; so eve
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,6 +20,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxcl.core.bucket import files, remote, remove, size
+from jaxcl.core.files import HALF, walk, write_atomic
 from jaxcl.core.processes import together
 from jaxcl.errors import RunFailed
 
@@ -32,17 +33,12 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a small file so that a kill leaves the old one or the new one, never half of one."""
-    if remote(path):  # an object is there whole or not at all
-        path.write_text(text, encoding="utf-8")
-        return
-    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+def settle() -> None:
+    """Waits for the threads of a save that failed: Orbax has several, and each would tell standard error of it."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            with contextlib.suppress(Exception):  # what it failed by, once more
+                thread.join(timeout=10)
 
 
 class Store:
@@ -91,6 +87,7 @@ class Store:
         try:
             response = ocp.save_checkpointables_async(path, parts, overwrite=True)
         except Exception as e:
+            self._give_up()
             raise RunFailed(f"could not save {path}: {e}") from e
         self._thread = threading.Thread(target=self._finish, args=(entry, response, content), daemon=True)
         self._thread.start()
@@ -116,8 +113,15 @@ class Store:
         self._thread.join()
         failure, self._thread, self._failure = self._failure, None, None
         if not together(failure is None):
+            self._give_up()
             why = failure or "another process says why"
             raise RunFailed(f"could not save a checkpoint under {self.root}: {why}") from failure
+
+    def _give_up(self) -> None:
+        """Lets a failed save come to rest, and gives back the room that it took."""
+        settle()
+        if self.process == 0:
+            self.sweep()
 
     # reading
 
@@ -212,10 +216,14 @@ class Store:
         self._intact.pop(entry, None)
 
     def sweep(self) -> None:
-        """Removes what a killed save left behind: Orbax's temporary folders."""
-        if not remote(self.root):  # in a bucket Orbax writes a file when all the others are there
-            for tmp in list(self.root.rglob("*.orbax-checkpoint-tmp*")):
+        """Removes what a killed or failed save left behind: Orbax's temporary folders, half a manifest."""
+        if remote(self.root):  # in a bucket Orbax writes a file when all the others are there
+            return
+        for tmp in list(walk(self.root)):
+            if ".orbax-checkpoint-tmp" in tmp.name:
                 remove(tmp)
+            elif tmp.name.endswith(_MANIFEST + HALF):
+                tmp.unlink(missing_ok=True)
 
     def closure(self, entries: set[str]) -> set[str]:
         """The entries together with all that they refer to, directly or not."""
@@ -225,5 +233,6 @@ class Store:
             if entry in seen or entry == "source":
                 continue
             seen.add(entry)
-            todo += [ref[0] for ref in self.read(entry)["refs"].values()]
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a manifest that is none of ours
+                todo += [ref[0] for ref in self.read(entry)["refs"].values()]
         return seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from jaxcl.errors import RequestError, unknown
 def override(config: Any, settings: Sequence[str]) -> Any:
     """The config with ``key.sub=value`` applied in order. RequestError for unknown keys and wrong types."""
     for text in settings:
+        if text.encode("utf-8", "replace").decode() != text:
+            raise RequestError(f"--set {text!r}: not UTF-8")
         path, sign, value = text.partition("=")
         if not sign:
             raise RequestError(f"--set {text!r}: expected KEY=VALUE, for example --set seed=1")
@@ -63,9 +66,12 @@ def parse(text: str, kind: Any, where: str) -> Any:
         return text.lower() in ("true", "1")
     if kind in (int, float):
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
             raise RequestError(f"{where}: {text!r} is no {kind.__name__}") from None
+        if not abs(value) < math.inf:
+            raise RequestError(f"{where}: {text!r} is not finite; config.json holds numbers that JSON has")
+        return value
     if kind is str:
         return text
     if origin in (tuple, list, dict) or kind in (tuple, list, dict):
@@ -76,7 +82,7 @@ def parse(text: str, kind: Any, where: str) -> Any:
 def _parse_json(text: str, kind: Any, container: Any, args: tuple, where: str) -> Any:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text.split(",") if container is not dict else None
     if container is dict:
         if not isinstance(value, dict):

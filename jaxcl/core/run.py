@@ -87,30 +87,33 @@ def train(
     reporter = reporter or Reporter(quiet=jax.process_index() > 0)
     rundir = RunDir(place(out), jax.process_index())
     identity, facts = identity_of(exp, name, config), facts_of(exp)
-    rundir.check(identity)
-    old = rundir.read("config.json")
-    finished = old is not None and rundir.read("metrics.json") is not None
-    together()  # all have looked before the first writes
-    if finished:
-        reporter.say(f"{out} is finished; its numbers are in metrics.json")
-        return None
-    if isinstance(jax.numpy.zeros(()), jax.core.Tracer):  # `jaxcl plan`: nothing is computed there, so nothing is saved
-        raise RequestError(f"a plan computes nothing, but {out} has to be trained first; run the experiment, then plan")
-    for line in differences(facts, {k: (old or facts).get(k) for k in facts}):
-        reporter.say(f"note: {line}")
-    if follow is not None:
-        rundir.follow = functools.partial(follow, {**identity, **facts})
-    with StopRequest() as stop:
-        loop = Loop(exp, rundir, reporter, stop, {**identity, **facts})
-        try:
-            loop.run()
-        except Interrupted:
-            loop.store.wait()  # what was being saved counts
-            raise
-        finally:
-            reporter.stop()
-            rundir.close()
-            loop.compiled.compilations.close()
+    try:
+        rundir.check(identity)
+        old = rundir.read("config.json")
+        finished = old is not None and rundir.read("metrics.json") is not None
+        together()  # all have looked before the first writes
+        if finished:
+            reporter.say(f"{out} is finished; its numbers are in metrics.json")
+            return None
+        if isinstance(jax.numpy.zeros(()), jax.core.Tracer):  # `jaxcl plan`: nothing is computed, so nothing is saved
+            raise RequestError(f"a plan computes nothing, but {out} has to be trained first; run it, then plan")
+        rundir.check_writable()
+        for line in differences(facts, {k: (old or facts).get(k) for k in facts}):
+            reporter.say(f"note: {line}")
+        if follow is not None:
+            rundir.follow = functools.partial(follow, {**identity, **facts})
+        with StopRequest() as stop:
+            loop = Loop(exp, rundir, reporter, stop, {**identity, **facts})
+            try:
+                loop.run()
+            except Interrupted:
+                loop.store.wait()  # what was being saved counts
+                raise
+            finally:
+                reporter.stop()
+                loop.compiled.compilations.close()
+    finally:
+        rundir.close()
     reporter.say(f"done: {out}")
     return loop
 

@@ -7,13 +7,15 @@ import gzip
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxcl.core.bucket import CHECKPOINTS, Mirror, remote
-from jaxcl.core.checkpoint import write_atomic
+from jaxcl.core.files import HALF, write_atomic
+from jaxcl.core.lock import Lock
 from jaxcl.errors import RequestError, RunFailed
+from jaxcl.metrics.matrix_file import load_json
 
 
 def dump(value: Any) -> str:
@@ -29,14 +31,25 @@ def differences(ours: Any, theirs: Any, at: str = "") -> list[str]:
     return [] if ours == theirs else [f"{at} is {json.dumps(theirs)} there and {json.dumps(ours)} here"]
 
 
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Says which file a full or failing disk did not take. Raises RunFailed."""
+    try:
+        yield
+    except OSError as e:
+        raise RunFailed(f"cannot write {file}: {e.strerror or e}") from e
+
+
 class RunDir:
-    """Files of one run. Only process 0 writes; nothing is made before `create`. Where ``home`` is in a bucket, ``path``
-    is a local copy of all but the checkpoints, pushed whenever something is written or flushed."""
+    """Files of one run. Only process 0 writes; nothing is made before `create`. From `check` or `create` to `close`
+    no other process can work there. Where ``home`` is in a bucket, which knows no locks, ``path`` is a local copy of
+    all but the checkpoints, pushed whenever something is written or flushed."""
 
     def __init__(self, home: Path, process: int = 0):
         self.mirror = Mirror(home) if remote(home) else None
         self.home, self.path, self.writes = home, self.mirror.here if self.mirror else home, process == 0
         self.log_bytes = 0
+        self._lock = Lock(self.path)
         self.follow: Callable[[Path], Any] | None = None  # makes one more taker of the scalars, told the events' folder
         self._log: Any = None
         self._takers: list[Any] = []  # each with add, flush, close, as `Events`
@@ -46,24 +59,30 @@ class RunDir:
         return self.home / CHECKPOINTS
 
     def read(self, name: str) -> Any:
-        """The JSON of one of our files, None where it is absent. RequestError when it is not JSON."""
+        """The JSON object of one of our files, None where it is absent. RequestError when it is none."""
         file = self.path / name
         if not file.exists():
             return None
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise RequestError(f"{file} is not JSON ({e}); remove the directory or choose another --out") from e
+            value = load_json(file)
+        except RequestError as e:
+            raise RequestError(f"{e}; remove the directory or choose another --out") from e
+        if not isinstance(value, dict):
+            raise RequestError(f"{file} holds no JSON object; remove the directory or choose another --out")
+        return value
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Refuses a directory that belongs to something else. ``config``: what must be equal to continue."""
+        """Refuses a directory that belongs to something else, or in which another process is at work. ``config``: what
+        must be equal to continue."""
         if self.mirror:
             self.mirror.pull()
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"--out {self.home} is a file; give a directory")
+        if self.path.exists() and self.writes:
+            self._lock.take()
         old = self.read("config.json")
         if old is None:
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and any(f.name != "config.json" + HALF for f in self.path.iterdir()):
                 raise RequestError(f"--out {self.home} is not empty and holds no run; give a new directory")
             return
         found = differences(config, {k: old.get(k) for k in config})
@@ -74,14 +93,18 @@ class RunDir:
             )
 
     def create(self, config: Mapping[str, Any]) -> None:
-        """Makes the directory and writes config.json, unless it is there."""
+        """Makes the directory and writes config.json, unless it is there. Raises RequestError where that cannot be."""
         if not self.writes:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "predictions").mkdir(exist_ok=True)
+            began = self._lock.held
+            self._lock.take()
             if not (self.path / "config.json").exists():
                 write_atomic(self.path / "config.json", dump(config))
+            elif not began:
+                raise RequestError(f"--out {self.home}: another process has begun a run there; give another directory")
+            (self.path / "predictions").mkdir(exist_ok=True)
             self._push()
         except OSError as e:
             raise RequestError(f"cannot write to --out {self.home}: {e.strerror or e}") from e
@@ -90,14 +113,17 @@ class RunDir:
         if self.mirror and self.writes:
             self.mirror.push()
 
+    def check_writable(self) -> None:
+        """Refuses a directory that can be read only, before anything in it is touched."""
+        if self.writes and self.path.exists() and not os.access(self.path, os.W_OK):
+            raise RequestError(f"cannot write to --out {self.home}: it is read-only; give another directory")
+
     def write(self, name: str, value: Any) -> None:
-        """One of our JSON files, replaced at once."""
+        """One of our JSON files, replaced at once. Raises RunFailed where the disk does not take it."""
         if self.writes:
-            try:
+            with writing(self.path / name):
                 write_atomic(self.path / name, dump(value))
                 self._push()
-            except OSError as e:
-                raise RunFailed(f"cannot write {self.home / name}: {e.strerror or e}") from e
 
     # the log
 
@@ -116,11 +142,14 @@ class RunDir:
                 f"{file} has {there} bytes, the checkpoint was written after {size}; "
                 "put the log back, or give another --out"
             )
-        self._log = file.open("r+b" if file.exists() else "w+b")
-        self._log.truncate(size)
-        self._log.seek(size)
+        try:
+            self._log = file.open("r+b" if file.exists() else "w+b")
+            self._log.truncate(size)
+            self._log.seek(size)
+            self._takers = [Events(self.path / "events", step if size else None)]
+        except OSError as e:
+            raise RequestError(f"cannot write to --out {self.home}: {e.strerror or e}") from e
         self.log_bytes = size
-        self._takers = [Events(self.path / "events", step if size else None)]
         if self.follow is not None:
             self._takers.append(self.follow(self.path / "events"))
 
@@ -129,26 +158,27 @@ class RunDir:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         self.log_bytes += len(line)
         if self._log is not None:
-            self._log.write(line)
+            with writing(self.path / "log.jsonl"):
+                self._log.write(line)
             for name, value in record.items():
                 if isinstance(value, float):
                     self._add(f"train/{name}", value, record["step"])
 
     def _add(self, tag: str, value: float, step: int) -> None:
-        for taker in self._takers:
-            taker.add(tag, value, step)
+        with writing(self.path / "events"):
+            for taker in self._takers:
+                taker.add(tag, value, step)
 
     def flush(self) -> None:
         """To the disk, before a checkpoint claims these bytes. Raises RunFailed when it is full."""
         if self._log is not None:
-            try:
+            with writing(self.path / "log.jsonl"):
                 self._log.flush()
                 os.fsync(self._log.fileno())
+            with writing(self.path / "events"):
                 for taker in self._takers:
                     taker.flush()
                 self._push()
-            except OSError as e:
-                raise RunFailed(f"cannot write {self.home / 'log.jsonl'}: {e.strerror or e}") from e
 
     def close(self) -> None:
         for file in (self._log, *self._takers):
@@ -156,6 +186,7 @@ class RunDir:
                 with contextlib.suppress(OSError):  # a full disk was named before; what was saved stands
                     file.close()
         self._log, self._takers = None, []
+        self._lock.release()
         if self.mirror:
             self.mirror.remove()
 
@@ -172,11 +203,15 @@ class RunDir:
         if not self.writes:
             return
         file = self.path / "predictions" / f"{eval_id.replace('/', '__')}.row{row}.jsonl.gz"
-        temporary = file.with_name(file.name + ".tmp")
-        with temporary.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as f:
-            for item in items:
-                f.write(json.dumps(item, ensure_ascii=False).encode() + b"\n")
-        temporary.replace(file)
+        temporary = file.with_name(file.name + HALF)
+        try:
+            with writing(file):
+                with temporary.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as f:
+                    for item in items:
+                        f.write(json.dumps(item, ensure_ascii=False).encode() + b"\n")
+                temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 class Events:

@@ -41,14 +41,22 @@ def evaluate(
     exp, reporter = dataclasses.replace(exp, methods=(), row0=True), reporter or Reporter(quiet=jax.process_index() > 0)
     rundir = RunDir(place(out), jax.process_index())
     identity = identity_of(exp, name, config)
-    rundir.check(identity)
-    finished = rundir.read("metrics.json") is not None
-    together()  # all have looked before the first writes
-    if finished:
-        reporter.say(f"{out} is finished; its numbers are in metrics.json")
-        return
-    rundir.create({**identity, **facts_of(exp)})
-    rundir.open_log(0)
+    try:
+        rundir.check(identity)
+        finished = rundir.read("metrics.json") is not None
+        together()  # all have looked before the first writes
+        if finished:
+            reporter.say(f"{out} is finished; its numbers are in metrics.json")
+            return
+        rundir.create({**identity, **facts_of(exp)})
+        rundir.open_log(0)
+        _measure(exp, rundir, reporter)
+    finally:
+        rundir.close()
+    reporter.say(f"done: {out}")
+
+
+def _measure(exp: Experiment, rundir: RunDir, reporter: Reporter) -> None:
     compilations = Compilations()
     with StopRequest() as stop:
         try:
@@ -58,6 +66,4 @@ def evaluate(
             measure.finish(compilations)
         finally:
             reporter.stop()
-            rundir.close()
             compilations.close()
-    reporter.say(f"done: {out}")

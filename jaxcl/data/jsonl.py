@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxcl.data.row_checks import CHECKS
-from jaxcl.errors import RequestError, nearest, unknown
+from jaxcl.errors import RequestError, clipped, nearest, shown, unknown
 
 MAX_LINE = 4 << 20
 """A longer line is refused before it is parsed: no row of text is that long, a damaged file may be."""
+MAX_FILE, MAX_GROWTH = 8 << 20, 200
+"""A gzip file may unpack to 8 MiB, a large one to 200 times its size: text shrinks to a tenth, a bomb to 0.1%."""
 
 _STRINGS = "a list of strings"
 _ANY_STRINGS = "a list of strings, which may be empty"
@@ -69,8 +71,8 @@ def iter_rows(path: str | Path, schema: str | None = "instruct") -> Iterator[dic
     """The rows one after another, so that a file need not fit into memory. schema None: any JSON objects.
 
     RequestError, with file and line: malformed JSON or UTF-8, a line above `MAX_LINE` bytes, a missing field,
-    a field of the wrong type, an ``id`` that occurs twice, a truncated gzip stream; without a line: no such
-    file, an unknown schema.
+    a field of the wrong type, an ``id`` that occurs twice, a gzip stream that is cut off or unpacks to more than
+    `MAX_FILE` and `MAX_GROWTH` allow; without a line: no such file, an unknown schema.
     """
     path = Path(path)
     if schema is not None and schema not in REQUIRED:
@@ -90,7 +92,7 @@ def _rows(path: Path, schema: str | None) -> Iterator[dict[str, Any]]:
         if schema is not None:
             before = first_seen.setdefault(row["id"], number)
             if before != number:
-                raise RequestError(f"{path}:{number}: id {row['id']!r} was already used in line {before}")
+                raise RequestError(f"{path}:{number}: id {clipped(row['id'])!r} was already used in line {before}")
         yield row
 
 
@@ -131,13 +133,16 @@ def data_folder(name: str, data_dir: str | Path | None = None) -> Path:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     opened = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    number, size = 0, 0
     try:
+        room = max(MAX_FILE, MAX_GROWTH * path.stat().st_size)
         with opened(path, "rb") as file:
             while line := file.readline(MAX_LINE + 1):
-                number += 1
+                number, size = number + 1, size + len(line)
                 if len(line) > MAX_LINE:
                     raise RequestError(f"{path}:{number}: the line is longer than {MAX_LINE >> 20} MiB")
+                if size > room:
+                    raise RequestError(f"{path}:{number}: the file unpacks to more than {room} bytes")
                 if line.strip():
                     yield number, line
     except FileNotFoundError as error:
@@ -183,7 +188,10 @@ def _is_text(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=True, default=str)
+    except RecursionError:
+        return shown(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcl.errors import RequestError, nearest
+from jaxcl.core.files import read_bytes
+from jaxcl.errors import RequestError, clipped, nearest, shown
 from jaxcl.metrics.pooling import POOLS
 
 SCHEMA = 1
@@ -65,11 +66,7 @@ class Matrix(NamedTuple):
 def load_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
     """A JSON file of bounded size. Raises RequestError (absent, too large, malformed: with the line)."""
     try:
-        with path.open("rb") as f:
-            content = f.read(max_bytes + 1)  # a device or a pipe has no size to ask for
-        if len(content) > max_bytes:
-            raise RequestError(f"{path} is too large; accepted: at most {max_bytes} bytes")
-        return json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        return json.loads(read_bytes(path, max_bytes).decode("utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise RequestError(f"no such file: {path}") from None
     except OSError as e:
@@ -113,9 +110,8 @@ def parse_matrix(obj: Any, where: str) -> Matrix:
 
 def _need(ok: bool, where: str, key: str, value: Any, accepted: str) -> None:
     if not ok:
-        shown = repr(value) if not isinstance(value, str) or key not in ("the file", "rows") else value
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise RequestError(f"{where}: {key} is {shown}; accepted: {accepted}")
+        quoted = shown(value) if not isinstance(value, str) or key not in ("the file", "rows") else value
+        raise RequestError(f"{where}: {key} is {quoted}; accepted: {accepted}")
 
 
 def _is_int(v: Any) -> bool:
@@ -156,7 +152,7 @@ def _stage(s: Any, key: str, where: str, by_id: Mapping[str, Eval]) -> Stage:
     _need(texts, where, f"{key}.evals", taught, "a list of the ids of evals")
     for i in taught:
         if i not in by_id:
-            raise RequestError(f"{where}: unknown eval {i!r} in {key}.evals; {nearest(i, by_id)}")
+            raise RequestError(f"{where}: unknown eval {clipped(i)!r} in {key}.evals; {nearest(i, by_id)}")
         _need(by_id[i].role == "task", where, f"role of {i!r} in {key}.evals", by_id[i].role, "task")
     return Stage(name, tuple(taught))
 

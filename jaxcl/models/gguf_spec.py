@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 from .gguf_header import Header
 from .names import LAYER
 from .spec import QKV, SITES, DecoderSpec, RopeScaling
@@ -61,11 +61,11 @@ class _Reader:
         self.fields, self.tensors, self.path = header.fields, header.tensors, path
         arch = self.fields.get("general.architecture")
         if not isinstance(arch, str) or arch not in ARCHITECTURES:
-            raise RequestError(f"{path}: architecture {arch!r}; accepted: {', '.join(map(repr, ARCHITECTURES))}")
+            raise RequestError(f"{path}: architecture {shown(arch)}; accepted: {', '.join(map(repr, ARCHITECTURES))}")
         self.arch = arch
 
     def wrong(self, name: str, value: Any, accepted: str) -> RequestError:
-        return RequestError(f"{self.path}: key '{self.arch}.{name}' is {value!r}; accepted: {accepted}")
+        return RequestError(f"{self.path}: key '{self.arch}.{name}' is {shown(value)}; accepted: {accepted}")
 
     def number(self, name: str, kind: type, default: Any = None) -> Any:
         value = self.fields.get(f"{self.arch}.{name}", default)
@@ -73,18 +73,22 @@ class _Reader:
             raise self.wrong(name, value, kind.__name__)
         return kind(value)
 
+    def size(self, name: str, default: int | None = None) -> int:
+        value = self.number(name, int, default)
+        if value < 1:
+            raise self.wrong(name, value, "above 0")
+        return value
+
     def spec(self, factors: np.ndarray | None) -> DecoderSpec:
         for name, built in REFUSED.items():
             value = self.fields.get(f"{self.arch}.{name}", built[0])
             if value not in built:
                 raise self.wrong(name, value, " or ".join(map(repr, built)))
-        sizes = {ours: self.number(key, int) for ours, key in SIZES.items()}
+        sizes = {ours: self.size(key) for ours, key in SIZES.items()}
         embed = self.tensors.get("token_embd.weight")
         if embed is None:
             raise RequestError(f"{self.path}: missing 'token_embd.weight'; accepted: a Llama-type model")
-        if sizes["heads"] < 1:
-            raise self.wrong("attention.head_count", sizes["heads"], "above 0")
-        head_dim = self.number("attention.key_length", int, sizes["width"] // sizes["heads"])
+        head_dim = self.size("attention.key_length", sizes["width"] // sizes["heads"])
         for name in ("rope.dimension_count", "attention.value_length"):
             if self.number(name, int, head_dim) != head_dim:
                 raise self.wrong(name, self.number(name, int), f"{head_dim}, the head size")
@@ -112,7 +116,7 @@ class _Reader:
             if window:
                 raise self.wrong("attention.sliding_window", window, "0")
             return {}
-        queries = sizes["width"] // sizes["heads"] if sizes["layers"] == GEMMA_27B else head_dim
+        queries = max(sizes["width"] // sizes["heads"], 1) if sizes["layers"] == GEMMA_27B else head_dim
         options: dict[str, Any] = {"embed_scale": sizes["width"] ** 0.5, "attn_scale": queries**-0.5}
         kinds = self.kinds(sizes["layers"])
         if "local" in kinds:
@@ -128,9 +132,7 @@ class _Reader:
             if len(pattern) != layers:
                 raise self.wrong(name, pattern, f"{layers} values")
             return tuple("local" if is_local else "block" for is_local in pattern)
-        every = self.number(name, int, 6)
-        if every < 1:
-            raise self.wrong(name, every, "above 0")
+        every = self.size(name, 6)
         return tuple("local" if (i + 1) % every else "block" for i in range(min(layers, 2**16)))
 
     def scaling(self) -> RopeScaling | None:
@@ -146,12 +148,14 @@ class _Reader:
         is the factor, the rest is as in all of Meta's models, and must give the file's numbers."""
         from .rope import rates
 
+        if factors.shape != (head_dim // 2,):
+            raise RequestError(f"{self.path}: {ROPE_FACTORS!r} has shape {factors.shape}; accepted: ({head_dim // 2},)")
         if (factors == 1).all():
             return None
         original = self.number("rope.scaling.original_context_length", int, 8192)
         found = RopeScaling("llama3", float(factors.max()), original=original)
         want = np.asarray(rates(head_dim, theta) / rates(head_dim, theta, found))
-        if factors.shape != want.shape or not np.allclose(factors, want, rtol=1e-3):
+        if not np.allclose(factors, want, rtol=1e-3):
             accepted = f"{want.tolist()}, those of {tuple(found)}"
             raise RequestError(f"{self.path}: {ROPE_FACTORS!r} is {factors.tolist()}; accepted: {accepted}")
         return found

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import RequestError, unknown
+from ..errors import RequestError, shown, unknown
 from .spec import QKV, SITES, DecoderSpec, RopeScaling
 
 T = TypeVar("T")
@@ -63,6 +63,7 @@ REFUSED: dict[str, tuple] = {
     "quantization_config": (None,),
 }
 """{key: the values that we build}"""
+LARGEST = 2**63  # of a number
 LAYER_TYPES = {"full_attention": "block", "sliding_attention": "local"}
 
 
@@ -75,8 +76,9 @@ def spec_from_hf(config: Config, where: str | Path = "config.json") -> DecoderSp
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), dict):
         config = {"model_type": "gemma3_text", **config["text_config"]}
     kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise RequestError(f"{where}: model_type is {kind!r}; accepted: {', '.join(map(repr, FAMILIES))}, 'gemma3'")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(map(repr, (*FAMILIES, "gemma3")))
+        raise RequestError(f"{where}: model_type is {shown(kind)}; accepted: {known}")
     return _Reader(kind, config, where).spec()
 
 
@@ -105,31 +107,36 @@ class _Reader:
         self.config = {**self.family.defaults, **config}
 
     def wrong(self, name: str, value: Any, accepted: str) -> RequestError:
-        return RequestError(f"{self.where}: {name} is {value!r}; accepted: {accepted}")
+        return RequestError(f"{self.where}: {name} is {shown(value)}; accepted: {accepted}")
 
     def number(self, name: str, kind: type, default: Any = None, table: Config | None = None) -> Any:
         value = (self.config if table is None else table).get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or abs(value) >= LARGEST:
             raise self.wrong(name, value, kind.__name__)
         return kind(value)
 
+    def positive(self, name: str, kind: type) -> Any:
+        value = self.number(name, kind)
+        if value <= 0:
+            raise self.wrong(name, value, f"{kind.__name__} above 0")
+        return value
+
     def spec(self) -> DecoderSpec:
         self.check()
-        sizes = {ours: self.number(theirs, int) for ours, theirs in SIZES.items()}
-        heads = max(sizes["heads"], 1)
+        sizes = {ours: self.positive(theirs, int) for ours, theirs in SIZES.items()}
         kinds = self.kinds(sizes["layers"])
         options = {**self.family.options, **self.biases(), **self.rotary()}
         if self.kind == "gemma3_text":
             options["embed_scale"] = sizes["width"] ** 0.5
-            options["attn_scale"] = self.number("query_pre_attn_scalar", float) ** -0.5
+            options["attn_scale"] = self.positive("query_pre_attn_scalar", float) ** -0.5
         if "local" in kinds:
             options["window"] = self.number("sliding_window", int)
         else:
             options.pop("local_theta", None)
         return DecoderSpec(
             kv_heads=self.number("num_key_value_heads", int, sizes["heads"]),
-            head_dim=self.number("head_dim", int, sizes["width"] // heads),
+            head_dim=self.number("head_dim", int, sizes["width"] // sizes["heads"]),
             norm_eps=self.number("rms_norm_eps", float, 1e-6),
             tied=bool(self.config.get("tie_word_embeddings", False)),
             segments=((kinds, 1),) if kinds else (),
@@ -166,8 +173,8 @@ class _Reader:
         if not isinstance(given, list) or len(given) != layers:
             raise self.wrong("layer_types", given, f"a list of {layers} kinds")
         for kind in given:
-            if kind not in LAYER_TYPES:
-                raise unknown("kind of layer", str(kind), LAYER_TYPES, where=f"{self.where}: layer_types")
+            if not isinstance(kind, str) or kind not in LAYER_TYPES:
+                raise unknown("kind of layer", shown(kind), LAYER_TYPES, where=f"{self.where}: layer_types")
         kinds = tuple(LAYER_TYPES[kind] for kind in given)
         if kinds != rule and self.kind in ("llama", "mistral", "olmo2"):  # transformers does not read it for these
             raise self.wrong("layer_types", given, f"none, for model type {self.kind!r}")
@@ -201,6 +208,8 @@ class _Reader:
             return {"rope_theta": theta, "rope_scaling": scaling}
         nested = any(kind in table for kind in LAYER_TYPES)
         whole, local = (table.get(kind) or {} for kind in LAYER_TYPES) if nested else (table, {})
+        if not isinstance(whole, dict) or not isinstance(local, dict):
+            raise self.wrong(name, table, "a JSON object for each kind of layer")
         theta, scaling = self.one(name, whole)
         own = self.number("rope_local_base_freq", float, 10000.0)
         local_theta, stretched = self.one(name, {"rope_theta": own, **local})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from ..errors import RequestError, nearest
-from .layout import layout
+from ..errors import RequestError, clipped, nearest
+from .layout import Leaf, layout
 from .spec import DecoderSpec
 
 Format = Literal["gguf", "hf"]
@@ -57,7 +57,10 @@ def match(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], style: Forma
     Raises RequestError naming the first tensor that is missing, the first that is unexpected, and the first
     whose shape is another than the spec's.
     """
-    table = {path: foreign_name(spec, path, style) for path in layout(spec)}
+    if spec.layers > len(shapes):  # before a table of them is made
+        raise RequestError(f"{where}: {len(shapes)} tensors cannot be {spec.layers} layers, as its config says")
+    leaves = layout(spec)
+    table = {path: foreign_name(spec, path, style) for path in leaves}
     missing = [path for path, name in table.items() if name not in shapes]
     known = set(table.values())
     unexpected = [name for name in shapes if name not in known]
@@ -65,21 +68,17 @@ def match(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], style: Forma
         raise RequestError(
             f"{where}: weights of another architecture; "
             + "; ".join(
-                _lacks(table, spec, missing)
-                + [f"unexpected {n!r} {list(shapes[n])} ({nearest(n, known)})" for n in unexpected[:1]]
+                [f"missing {table[p]!r} {list(_shape(leaves, p))}" for p in missing[:1]]
+                + [f"unexpected {clipped(n)!r} {list(shapes[n])} ({nearest(n, known)})" for n in unexpected[:1]]
             )
         )
     for path, name in table.items():
-        want = _shape(spec, path)
+        want = _shape(leaves, path)
         if tuple(shapes[name]) != want:
             raise RequestError(f"{where}: {name!r} has shape {list(shapes[name])}; accepted: {list(want)}")
     return table
 
 
-def _lacks(table: Mapping[str, str], spec: DecoderSpec, missing: list[str]) -> list[str]:
-    return [f"missing {table[path]!r} {list(_shape(spec, path))}" for path in missing[:1]]
-
-
-def _shape(spec: DecoderSpec, path: str) -> tuple[int, ...]:
-    shape = layout(spec)[path].shape
+def _shape(leaves: Mapping[str, Leaf], path: str) -> tuple[int, ...]:
+    shape = leaves[path].shape
     return shape[::-1] if is_flipped(path) else shape

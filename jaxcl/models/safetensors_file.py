@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ..core.files import read_bytes
 from ..errors import RequestError
 from .gguf_file import Weights
 from .hf_config import norm_offset, spec_from_hf, text_tensors
 from .names import is_flipped, match
 
+MAX_JSON = 64 << 20
 
 def read_safetensors(path: Path) -> Weights:
     """Reads a directory with config.json and model.safetensors (or several shards with their index), or one
@@ -43,12 +45,12 @@ def read_safetensors(path: Path) -> Weights:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises RequestError with file and line where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bytes(path, MAX_JSON).decode("utf-8"))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file; accepted: a Hugging Face model with config.json") from None
     except json.JSONDecodeError as error:
         raise RequestError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise RequestError(f"{path}: a {type(value).__name__}; accepted: a JSON object")
