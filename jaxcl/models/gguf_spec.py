@@ -84,7 +84,7 @@ class _Reader:
             value = self.fields.get(f"{self.arch}.{name}", built[0])
             if value not in built:
                 raise self.wrong(name, value, " or ".join(map(repr, built)))
-        sizes = {ours: self.size(key) for ours, key in SIZES.items()}
+        sizes: dict[str, Any] = {ours: self.size(key) for ours, key in SIZES.items()}
         embed = self.tensors.get("token_embd.weight")
         if embed is None:
             raise RequestError(f"{self.path}: missing 'token_embd.weight'; accepted: a Llama-type model")

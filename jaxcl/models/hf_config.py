@@ -110,7 +110,7 @@ class _Reader:
         return RequestError(f"{self.where}: {name} is {shown(value)}; accepted: {accepted}")
 
     def number(self, name: str, kind: type, default: Any = None, table: Config | None = None) -> Any:
-        value = (self.config if table is None else table).get(name)
+        value: Any = (self.config if table is None else table).get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or abs(value) >= LARGEST:
             raise self.wrong(name, value, kind.__name__)
