@@ -109,14 +109,14 @@ class _Reader:
     def wrong(self, name: str, value: Any, accepted: str) -> RequestError:
         return RequestError(f"{self.where}: {name} is {shown(value)}; accepted: {accepted}")
 
-    def number(self, name: str, kind: type, default: Any = None, table: Config | None = None) -> Any:
+    def number(self, name: str, kind: type[int] | type[float], default: Any = None, table: Config | None = None) -> Any:
         value: Any = (self.config if table is None else table).get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or abs(value) >= LARGEST:
             raise self.wrong(name, value, kind.__name__)
         return kind(value)
 
-    def positive(self, name: str, kind: type) -> Any:
+    def positive(self, name: str, kind: type[int] | type[float]) -> Any:
         value = self.number(name, kind)
         if value <= 0:
             raise self.wrong(name, value, f"{kind.__name__} above 0")
