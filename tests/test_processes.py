@@ -132,7 +132,8 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(runs):
 def test_only_the_first_process_speaks_and_writes(runs):
     _, out, found = runs
     (_, first, _), (_, second, _) = found["end"]
-    assert "done:" in first and "continuing after stages/001/" in first and second == ""
+    own = [line for line in second.splitlines() if not line.startswith("[Gloo]")]  # which speaks for itself
+    assert "done:" in first and "continuing after stages/001/" in first and own == []
     assert len(list((out / "events").iterdir())) == 4, "one file of events for each start, of one process each"
 
 
