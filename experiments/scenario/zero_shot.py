@@ -62,12 +62,14 @@ def interval(run: Path, e: Eval, column: int) -> tuple[float, float] | None:
 
 
 def lines(name: str, run: Path) -> list[str]:
-    """A line of the table for every eval of a stream."""
+    """A line of the table for every eval of a stream that is asked before any training."""
     matrix = read_matrix(run)
     out = []
     for i, (e, value) in enumerate(zip(matrix.evals, matrix.row0)):
+        if np.isnan(value):
+            continue
         between = interval(run, e, i)
-        shown = "–" if np.isnan(value) else f"{value:.3f}"
+        shown = f"{value:.3f}"
         shown += f" [{between[0]:.3f}, {between[1]:.3f}]" if between else ""
         chance = "" if matrix.random is None or np.isnan(matrix.random[i]) else f"{matrix.random[i]:.3f}"
         out.append(f"| {name} | {e.id} | {e.role} | {e.metric} | {e.n} | {shown} | {chance} |")
