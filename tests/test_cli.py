@@ -234,5 +234,6 @@ def test_doctor_names_devices_versions_and_what_is_missing(capsys, monkeypatch, 
     monkeypatch.setenv("JAXCL_CACHE", str(tmp_path))
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for word in ("python", "jax ", "devices", "no such directory", str(tmp_path), "extra oracle"):
+    folded = str(tmp_path)[:40]  # the table folds what is longer than its column
+    for word in ("python", "jax ", "devices", "no such directory", folded, "extra oracle"):
         assert word in text, word

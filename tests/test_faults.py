@@ -56,13 +56,16 @@ def ended(child: subprocess.Popen) -> tuple[int, str]:
     return child.returncode, error
 
 
+def limited(most: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
 def test_a_save_that_finds_no_room_fails_the_run_and_leaves_the_last_one(whole, begun, tmp_path):
     """No file may grow beyond some kilobytes, which a full disk does to a file of weights; no root is needed."""
     out = Path(shutil.copytree(begun, tmp_path / "out"))
     before = steps(out)[-1]
     most = (out / "log.jsonl").stat().st_size + 4096
-    child = outside(EXPERIMENT, out, *SETTINGS, pause=0)
-    resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (most, most))
+    child = outside(EXPERIMENT, out, *SETTINGS, pause=0, preexec_fn=lambda: limited(most))
     status, error = ended(child)
     assert status == 1 and "could not save" in error
     assert before in steps(out) and not list((out / "checkpoints").rglob("*orbax-checkpoint-tmp*"))
