@@ -232,7 +232,7 @@ def test_an_expanded_ball_holds_the_query_it_was_expanded_to():
     # every row stays wrong, so none is passed over
     *_, last = edits([[i] for i in range(6)], (("eps_init", eps), *IDLE), source=source)
     assert last["made"].tolist() == [1, 5, 0] and int(last["book"]["n"]) == 1
-    assert float(last["book"]["eps"][0]) == pytest.approx(distances.max() * (1 + 1e-6), rel=2e-7)
+    assert float(last["book"]["eps"][0]) == pytest.approx(distances.max() * (1 + 1e-6), rel=6e-7)
     for batch in (all_rows(source), joined(*[all_rows(source)] * 3)):
         assert np.all(forward(last, batch)[2]["slot"] == 0)
 
