@@ -40,9 +40,9 @@ def quiet(*, enabled: bool = True) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+        sys.excepthook = hook  # not after a failure: the threads of a failed save speak up as late as they like
     finally:
         logging.disable(before)
-        sys.excepthook = hook
 
 
 def _tpu() -> bool:
