@@ -84,5 +84,5 @@ def test_mofo_selects_the_same_entries_on_a_sharded_leaf(found):
     assert any(":" in k for k in spread) and any(":" not in k for k in spread)
     for k in one:
         assert np.array_equal(one[k], many[k]), k
-    chosen = {k: np.count_nonzero(one[k]) for k in spread}
-    assert all(chosen[k] < one[k].size / 2 for k in spread)
+    chosen = {k: np.count_nonzero(one[k]) for k in spread if k.endswith("kernel")}  # MoFO moves norms whole
+    assert chosen and all(chosen[k] < one[k].size / 2 for k in chosen)
