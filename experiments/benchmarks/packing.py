@@ -46,12 +46,7 @@ def padded(source: Any, seed: int) -> list[tuple[Any, Any]]:
     for first in range(0, len(order), PADDED):
         part = [source[int(i)] for i in order[first : first + PADDED]]
         size = max(int((row["segments"] > 0).sum()) for row in part)
-        ids = np.stack([row["tokens"][:size] for row in part]).astype(np.int64)
-        labels = np.full_like(ids, -100)
-        for i, row in enumerate(part):
-            places = row["targets_at"][row["weight"] > 0]
-            labels[i, places] = ids[i, places]
-        batches.append((ids, labels))
+        batches.append(step.torch_batch(part, size))
     return batches
 
 

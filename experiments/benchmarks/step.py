@@ -82,22 +82,25 @@ def our_step(at: Any, work: str, steps: int) -> Any:
     return Running(exp, 0, StepCache(exp), steps)
 
 
-def torch_batches(at: Any) -> list[tuple[Any, Any]]:
-    """The same rows, in their own order: (ids, labels) of each batch."""
+def torch_batch(part: list[Any], size: int | None = None) -> tuple[Any, Any]:
+    """Rows cut off after ``size`` tokens as (ids i64[B,T], labels i64[B,T], -100 where nothing is asked)."""
     import numpy as np
 
+    ids = np.stack([row["tokens"][:size] for row in part]).astype(np.int64)
+    labels = np.full_like(ids, -100)
+    for i, row in enumerate(part):
+        places = row["targets_at"][row["weight"] > 0]
+        labels[i, places] = ids[i, places]
+    return ids, labels
+
+
+def torch_batches(at: Any) -> list[tuple[Any, Any]]:
+    """The same rows as ours, in their own order."""
     from jaxcl.bench.sides import random_rows
 
-    rows, batches = random_rows(at, 0), []
-    for first in range(0, len(rows), at.rows):
-        part = [rows[i] for i in range(first, first + at.rows)]
-        ids = np.stack([row["tokens"] for row in part]).astype(np.int64)
-        labels = np.full_like(ids, -100)
-        for i, row in enumerate(part):
-            places = row["targets_at"][row["weight"] > 0]
-            labels[i, places] = ids[i, places]
-        batches.append((ids, labels))
-    return batches
+    rows = random_rows(at, 0)
+    starts = range(0, len(rows), at.rows)
+    return [torch_batch([rows[i] for i in range(first, first + at.rows)]) for first in starts]
 
 
 def main() -> None:
