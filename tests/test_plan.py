@@ -234,7 +234,7 @@ def test_an_experiment_that_trains_as_it_is_built_is_refused_before_anything_is_
         train(experiment([finetune()]), out, reporter=Reporter(quiet=True))
         return experiment([finetune()])
 
-    with pytest.raises(RequestError, match="run the experiment, then plan"):
+    with pytest.raises(RequestError, match="has to be trained first; run it, then plan"):
         draft(build, lambda e: make_mesh(e.mesh), 1)
     assert not out.exists()
 
