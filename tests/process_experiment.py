@@ -8,7 +8,8 @@ import os
 
 import numpy as np
 import optax
-from resume_experiment import METHODS, Slow, held_out
+from killed import Slow, held_out
+from resume_experiment import METHODS
 from support import Answers, experiment
 
 from jaxcl.core.experiment import Experiment

@@ -26,6 +26,7 @@ from jaxcl.methods.finetune import finetune
 from jaxcl.methods.olora import olora
 from jaxcl.plan import chips, hlo
 from jaxcl.plan.advice import advice, changed, helpful
+from jaxcl.plan.command import planned
 from jaxcl.plan.draft import draft
 from jaxcl.plan.flops import flops
 from jaxcl.plan.report import mesh_on, per_chip, plan, shortage, work_of
@@ -263,6 +264,25 @@ def test_what_can_change_is_named_in_order():
     exp, what = changed(made(), helpful(found), found)
     assert what == "accumulate=2" and exp.accumulate == 2 and exp.model.spec.remat == "block"
     assert {v.dtype for v in exp.params.values()} == {np.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("enough", [4, 64])
+def test_changes_are_made_until_it_fits_and_the_plan_of_before_stays_beside_it(enough, monkeypatch):
+    def compiled(build, topology, stage):
+        exp = build()
+        return {
+            "fits": exp.accumulate >= enough, "mesh": {"fsdp": 4}, "batch": {"spread": 4}, "devices": 4,
+            "memory": {"capacity": 100}, "state": {"trained": 9, "frozen": 1}, "accumulate": exp.accumulate,
+        }  # fmt: skip
+
+    monkeypatch.setattr("jaxcl.plan.command.plan", compiled)
+    monkeypatch.setattr("jaxcl.plan.advice.plan", compiled)
+    sets = ["model=tiny", "method=finetune", "batch_size=32", "window=16", "targets=4"]
+    found = json.loads(json.dumps(planned("scale", sets, "v5e:2x2", try_changes=True)))
+    assert found["fits"] is (enough == 4) and found["accumulate"] == min(enough, 8)
+    assert [c["change"] for c in found["changes"]] == [f"accumulate={min(enough, 8)}"]
+    assert found["unchanged"]["accumulate"] == 1 and not found["unchanged"]["fits"]
+    assert ("least_chips" in found) is (enough == 64) and found["config"]["model"] == "tiny"
 
 
 def test_xlas_words_for_too_little_memory():

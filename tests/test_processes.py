@@ -17,6 +17,7 @@ from support import read_log, relative
 from test_resume import load
 
 from jaxcl.core.checkpoint import Store
+from jaxcl.core.lock import Lock
 
 EXPERIMENT = Path(__file__).with_name("process_experiment.py")
 TWO = {"fsdp": 2}
@@ -149,3 +150,12 @@ def test_half_an_address_is_refused(env, said):
     env = os.environ | {"JAXCL_COORDINATOR": "127.0.0.1:1"} | env
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_what_one_process_refuses_ends_all(tmp_path):
+    held = Lock(tmp_path)
+    held.take()
+    ends = ended(started(tmp_path, 2))
+    held.release()
+    assert [status for status, _, _ in ends] == [2, 2], ends
+    assert "another process is at work there" in ends[0][2] and "another process of this run was refused" in ends[1][2]

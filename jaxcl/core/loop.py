@@ -22,7 +22,7 @@ from jaxcl.core.experiment import Experiment
 from jaxcl.core.feed import Feed, lengths
 from jaxcl.core.measure import Measurements
 from jaxcl.core.paths import merge, split
-from jaxcl.core.processes import agree
+from jaxcl.core.processes import agree, permitted
 from jaxcl.core.progress import Reporter
 from jaxcl.core.rundir import RunDir
 from jaxcl.core.sharding import placed
@@ -57,7 +57,7 @@ class Loop:
         if at is None:
             self.now.begin(0)
             self.now.plan(0)  # what cannot be trained is refused before anything is written
-            self.dir.create(self.config)
+            permitted(lambda: self.dir.create(self.config))
             self.dir.open_log(0)
             self.measure.start(self.source, self.exp.model.spec)
         for i in range(at.stage if at else 0, len(self.exp.stages)):

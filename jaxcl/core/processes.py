@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,3 +63,16 @@ def agree(value: Any) -> Any:
 def together(fine: bool = True) -> bool:
     """Waits for all processes; whether all of them are fine. Collective."""
     return fine if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(fine))))
+
+
+def permitted(*checks: Callable[[], object]) -> None:
+    """Calls the checks in every process; where one of them refuses in any process, all raise RequestError instead of
+    waiting for it. Collective."""
+    try:
+        for check in checks:
+            check()
+    except RequestError:
+        together(False)
+        raise
+    if not together():
+        raise RequestError("another process of this run was refused, and says why")

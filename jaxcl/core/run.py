@@ -21,7 +21,7 @@ from jaxcl.core.bucket import near, place, remote
 from jaxcl.core.config import as_json, override, short_hash
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.loop import Loop
-from jaxcl.core.processes import together
+from jaxcl.core.processes import permitted
 from jaxcl.core.progress import Reporter
 from jaxcl.core.rundir import RunDir, differences
 from jaxcl.core.signals import StopRequest
@@ -88,16 +88,15 @@ def train(
     rundir = RunDir(place(out), jax.process_index())
     identity, facts = identity_of(exp, name, config), facts_of(exp)
     try:
-        rundir.check(identity)
+        permitted(lambda: rundir.check(identity))
         old = rundir.read("config.json")
         finished = old is not None and rundir.read("metrics.json") is not None
-        together()  # all have looked before the first writes
         if finished:
             reporter.say(f"{out} is finished; its numbers are in metrics.json")
             return None
         if isinstance(jax.numpy.zeros(()), jax.core.Tracer):  # `jaxcl plan`: nothing is computed, so nothing is saved
             raise RequestError(f"a plan computes nothing, but {out} has to be trained first; run it, then plan")
-        rundir.check_writable()
+        permitted(rundir.check_writable)  # all have looked before the first writes
         for line in differences(facts, {k: (old or facts).get(k) for k in facts}):
             reporter.say(f"note: {line}")
         if follow is not None:

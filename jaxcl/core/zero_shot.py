@@ -13,7 +13,7 @@ from jaxcl.core.between import Between
 from jaxcl.core.bucket import place
 from jaxcl.core.experiment import Experiment
 from jaxcl.core.measure import Measurements
-from jaxcl.core.processes import together
+from jaxcl.core.processes import permitted
 from jaxcl.core.progress import Reporter
 from jaxcl.core.run import facts_of, identity_of, opened
 from jaxcl.core.rundir import RunDir
@@ -42,13 +42,12 @@ def evaluate(
     rundir = RunDir(place(out), jax.process_index())
     identity = identity_of(exp, name, config)
     try:
-        rundir.check(identity)
+        permitted(lambda: rundir.check(identity))
         finished = rundir.read("metrics.json") is not None
-        together()  # all have looked before the first writes
         if finished:
             reporter.say(f"{out} is finished; its numbers are in metrics.json")
             return
-        rundir.create({**identity, **facts_of(exp)})
+        permitted(lambda: rundir.create({**identity, **facts_of(exp)}))  # all have looked before the first writes
         rundir.open_log(0)
         _measure(exp, rundir, reporter)
     finally:

@@ -31,7 +31,7 @@ def planned(
     if found["fits"]:
         return found
     if try_changes:
-        found |= suggest(build, topology, found, stage, say)
+        found = found | suggest(build, topology, found, stage, say)
     else:
-        found["changes"] = advice(build, found)
+        found = found | {"changes": advice(build, found)}
     return found if found["fits"] else found | {"least_chips": least_chips(found)}
