@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from support import experiment
+from support import SPEC, experiment, weights
+from support import run as support_run
 
 from jaxcl.core.progress import Reporter
 from jaxcl.core.run import train
@@ -102,3 +103,17 @@ def test_moments_start_anew_with_a_merged_adapter(tmp_path):
     loop = train(experiment([merged], n=1, tx=optax.chain(tx, optax.scale(-0.1)), reset_opt=False), tmp_path / "run")
     assert loop is not None and loop.opt, "the optimizer's state is carried on"
     assert not any(np.any(v) for v in loop.opt.values())
+
+
+def test_masters_are_float32_where_the_blocks_compute_in_bfloat16(tmp_path):
+    """A rate of 1e-5 moves weights by less than bfloat16 tells apart from 1: masters keep what a cast would lose."""
+    given = dict(n=1, tx=optax.adam(1e-5))
+    half = support_run([], tmp_path / "half", spec=dataclasses.replace(SPEC, dtype="bfloat16"), **given)
+    full = support_run([], tmp_path / "full", **given)
+    assert {w.dtype for w in half.params.values()} == {np.dtype(np.float32)}
+    assert {x.dtype for x in jax.tree.leaves(half.loop.opt) if x.ndim} <= {np.dtype(np.float32)}
+    start = weights()
+    for name in ("final_norm/scale", "layers/0/attn_norm/scale"):  # ones, whose neighbours in bfloat16 are 2^-8 away
+        moved, wanted = half.params[name] - start[name], full.params[name] - start[name]
+        assert 0 < np.abs(moved).max() < 2**-9 and np.corrcoef(moved, wanted)[0, 1] > 0.9
+    np.testing.assert_allclose(half.losses(), full.losses(), rtol=0.02)
