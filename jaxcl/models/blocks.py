@@ -15,14 +15,18 @@ from flax import nnx
 
 from .attention import Part, attend
 from .cache import Written, write
-from .flow import Flow
+from .flow import Flow, SiteFlow
 from .products import low_rank, product
 from .rope import rotate
 from .spec import DecoderSpec
 
 View = Mapping[str, jax.Array]
 Norm = Callable[[jax.Array], jax.Array]
-ACTIVATIONS: dict[str, Norm] = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS: dict[str, Norm] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 ADAPTERS = ("lora_a", "lora_b", "lora_scale", "bank_a", "bank_b", "bank_scale", "in_scale", "out_scale")
 DENSE_KEYS = ("kernel", "bias", *ADAPTERS)
 
@@ -59,7 +63,7 @@ class Dense(nnx.Module):
             if name in view:
                 setattr(self, name, nnx.Param(view[name]))
 
-    def __call__(self, x: jax.Array, flow: Flow) -> jax.Array:
+    def __call__(self, x: jax.Array, flow: SiteFlow) -> jax.Array:
         if hasattr(self, "in_scale"):
             scale = self.in_scale[...].astype(x.dtype)
             x = x * (scale if scale.ndim == 1 else scale[:, None])
@@ -72,7 +76,7 @@ class Dense(nnx.Module):
             y = y * self.out_scale[...].astype(y.dtype)
         return flow.through(self.site, x, y)
 
-    def adapted(self, x: jax.Array, y: jax.Array, flow: Flow) -> jax.Array:
+    def adapted(self, x: jax.Array, y: jax.Array, flow: SiteFlow) -> jax.Array:
         """y plus what the adapters at this site make of x."""
         if not (hasattr(self, "lora_a") or hasattr(self, "bank_b")):
             return y
@@ -156,11 +160,11 @@ class Attention(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(activation(gate(x)) * up(x)): SwiGLU, or GeGLU (Shazeer 2020)."""
 
-    def __init__(self, view: View, spec: DecoderSpec):
-        self.activation = spec.activation
+    def __init__(self, view: View, activation: str):
+        self.activation = activation
         self.gate, self.up, self.down = (Dense(below(view, n), f"mlp/{n}") for n in ("gate", "up", "down"))
 
-    def __call__(self, x: jax.Array, flow: Flow) -> jax.Array:
+    def __call__(self, x: jax.Array, flow: SiteFlow) -> jax.Array:
         return self.down(ACTIVATIONS[self.activation](self.gate(x, flow)) * self.up(x, flow), flow)
 
 
@@ -172,7 +176,7 @@ class Block(nnx.Module):
         self.attn_norm, self.mlp_norm = (norm(view, f"{n}_norm", spec, pre) for n in ("attn", "mlp"))
         self.attn_post_norm, self.mlp_post_norm = (norm(view, f"{n}_post_norm", spec, post) for n in ("attn", "mlp"))
         self.attn = Attention(below(view, "attn"), spec)
-        self.mlp = GatedMLP(below(view, "mlp"), spec)
+        self.mlp = GatedMLP(below(view, "mlp"), spec.activation)
 
     def __call__(self, x: jax.Array, flow: Flow, cached: Written | None) -> tuple[jax.Array, Written | None]:
         y, written = self.attn(self.attn_norm(x), flow, cached)

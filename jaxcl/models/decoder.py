@@ -7,7 +7,7 @@ The stack of segments is a plain function: layers with keys of their own in a Py
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ..core.rows import keep_rows
 from ..core.types import Batch, Inject, Model, Outputs, Params
 from ..errors import RequestError
-from .blocks import Block, Embedding, RMSNorm, below
+from .blocks import Block, Embedding, RMSNorm, View, below
 from .cache import Cache, Written, closed, route
 from .flow import Flow
 from .layout import axes, layout
@@ -24,8 +24,10 @@ from .nll import batch_nll
 from .rope import rope
 from .spec import DecoderSpec, Run
 from .stacking import restack
-from .taps import joined, local_injections, local_taps, select
+from .taps import check_taps, joined, local_injections, local_taps, select, tap_names
 
+Layer = Callable[[View, jax.Array, Any, Cache], tuple[jax.Array, Cache]]
+"""(parameters of a layer, x [B,T,D], its flow, its cache entries) -> (x, the entries that it writes)."""
 SAVED = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}  # remat: what is kept
 
 
@@ -85,10 +87,12 @@ def apply(
     seen: dict[str, jax.Array] = {}
     notes: dict[str, Any] = {}
     written: Cache = {}
-    placed = local_injections(spec, inject or {})
+    known = tap_names(spec) if taps or inject else ()
+    check_taps(taps, known)
+    placed = local_injections(spec, inject or {}, known)
     for run in runs:
-        wanted = local_taps(spec, run, taps)
-        x, kept, left, new = run_segment(spec, params, run, x, flows, cache or {}, wanted, placed)
+        wanted = local_taps(run, taps)
+        x, kept, left, new = run_segment(layer_of(spec), params, run, x, flows, cache or {}, wanted, placed, spec.remat)
         seen |= kept
         notes |= left
         written |= new
@@ -123,20 +127,31 @@ def visible(segments: jax.Array) -> jax.Array:
     return same & (segments > 0)[:, :, None] & jnp.tril(jnp.ones((t, t), bool))
 
 
+def layer_of(spec: DecoderSpec) -> Layer:
+    """One layer of the decoder as `run_segment` takes it."""
+
+    def layer(view: View, x: jax.Array, flow: Flow, old: Cache) -> tuple[jax.Array, Cache]:
+        y, written = Block(view, spec)(x, flow, Written(old["k"], old["v"]) if old else None)
+        return y, {} if written is None else {"k": written.k, "v": written.v}
+
+    return layer
+
+
 def run_segment(
-    spec: DecoderSpec,
+    layer: Layer,
     params: Params,
     run: Run,
     x: jax.Array,
-    flows: dict[str, Flow],
+    flows: Mapping[str, Any],
     cache: Cache,
     wanted: dict[str, frozenset[str]],
     injected: dict[str, dict[str, Inject]],
+    remat: str,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any], Cache]:
     """One segment of layers: (x [B,T,D], taps by path, notes of injections by site, cache entries), each with a
-    leading R when stacked."""
+    leading R when stacked. ``layer`` runs one of them, ``flows`` are by kind of layer."""
     views = {prefix: below(params, prefix) for prefix in run.prefixes}
-    old = {p: Written(cache[f"{p}/k"], cache[f"{p}/v"]) if f"{p}/k" in cache else None for p in run.prefixes}
+    old = {prefix: below(cache, prefix) for prefix in run.prefixes}
 
     def once(x: jax.Array, each: tuple) -> tuple[jax.Array, tuple]:
         views, old, layers = each
@@ -145,17 +160,16 @@ def run_segment(
         new: Cache = {}
         for kind, prefix in zip(run.kinds, run.prefixes):
 
-            def block(x: jax.Array, view: Any, old: Any, layer: Any, kind: str = kind, prefix: str = prefix) -> tuple:
-                here = flows[kind].at(layer, wanted[prefix], injected.get(prefix, {}))
-                y, written = Block(view, spec)(x, here, old)
+            def block(x: jax.Array, view: Any, old: Any, number: Any, kind: str = kind, prefix: str = prefix) -> tuple:
+                here = flows[kind].at(number, wanted[prefix], injected.get(prefix, {}))
+                y, written = layer(view, x, here, old)
                 return y, here.seen, here.notes, written
 
-            step = block if spec.remat == "none" else jax.checkpoint(block, policy=SAVED[spec.remat])
+            step = block if remat == "none" else jax.checkpoint(block, policy=SAVED[remat])
             x, taps, left, written = step(keep_rows(x), views[prefix], old[prefix], layers[prefix])
             seen |= {joined(prefix, name): value for name, value in taps.items()}
             notes |= {f"{prefix}/{site}": value for site, value in left.items()}
-            if written is not None:
-                new |= {f"{prefix}/k": written.k, f"{prefix}/v": written.v}
+            new |= {f"{prefix}/{name}": leaf for name, leaf in written.items()}
         return x, (seen, notes, new)
 
     if run.repeats == 1:
@@ -172,7 +186,7 @@ def head(spec: DecoderSpec, params: Params, hidden: jax.Array, at: jax.Array) ->
     return logits(spec, params, rows)
 
 
-def logits(spec: DecoderSpec, params: Params, hidden: jax.Array) -> jax.Array:
+def logits(spec: Any, params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] -> f32[..., V], with the embedding as head where the spec is tied; ``vocab_bias`` f32[V], where there is
     one, closes rows of the vocabulary (see `jaxcl.surgery.vocabulary`)."""
     kernel = params["embed/kernel"].T if spec.tied else params["head/kernel"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +14,13 @@ from ..core.types import Inject
 from .rope import Rope
 
 
-@dataclasses.dataclass
-class Flow:
-    """rope: cos and sin of the block's positions. block: bool [B,T,T], who sees whom inside the block.
-
-    past: bool [B,T,S], who sees which cache slot, or None. slots: i32[B,T], where new keys go (``size`` is
-    nowhere), or None without a cache. mode: what happens to the cache, see `jaxcl.models.cache`. bank:
-    f32[B,S] weights of adapter slots, or None for ones. rate, key: adapter dropout; key None is off.
-    wanted, seen: taps of this layer by their local name. injected, notes: functions that replace a dense site's
-    output, by local site, and the arrays that they left.
+@dataclasses.dataclass(kw_only=True)
+class SiteFlow:
+    """What dense sites need. bank: f32[B,S] weights of adapter slots, or None for ones. rate, key: adapter dropout; key
+    None is off. wanted, seen: taps of this layer by their local name. injected, notes: functions that replace a dense
+    site's output, by local site, and the arrays that they left.
     """
 
-    rope: Rope
-    block: jax.Array
-    past: jax.Array | None = None
-    slots: jax.Array | None = None
-    mode: str | None = None
-    size: int = 0
     bank: jax.Array | None = None
     rate: float = 0.0
     key: jax.Array | None = None
@@ -39,17 +29,7 @@ class Flow:
     injected: Mapping[str, Inject] = dataclasses.field(default_factory=dict)
     notes: dict[str, dict[str, jax.Array]] = dataclasses.field(default_factory=dict)
 
-    def local(self, rope: Rope, positions: jax.Array, window: int) -> Flow:
-        """The same for layers that see the last ``window`` tokens only, the token itself included.
-
-        positions i32[B,T] of the block's tokens; a cache slot's position is its number.
-        """
-        block, past = self.block & near(positions, positions, window), self.past
-        if past is not None:
-            past = past & near(positions, jnp.arange(past.shape[-1])[None], window)
-        return dataclasses.replace(self, rope=rope, block=block, past=past)
-
-    def at(self, layer: Any, wanted: frozenset[str], injected: Mapping[str, Inject]) -> Flow:
+    def at(self, layer: Any, wanted: frozenset[str], injected: Mapping[str, Inject]) -> Self:
         """The same for one layer (a number, or a traced one inside a scan): own random numbers, taps, injections."""
         key = None if self.key is None else jax.random.fold_in(self.key, layer)
         return dataclasses.replace(self, key=key, wanted=wanted, seen={}, injected=injected, notes={})
@@ -73,6 +53,33 @@ class Flow:
         key = jax.random.fold_in(self.key, zlib.crc32(site.encode()))
         keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Flow(SiteFlow):
+    """A decoder's: what attention needs beside. rope: cos and sin of the block's positions. block: bool [B,T,T], who
+    sees whom inside the block.
+
+    past: bool [B,T,S], who sees which cache slot, or None. slots: i32[B,T], where new keys go (``size`` is
+    nowhere), or None without a cache. mode: what happens to the cache, see `jaxcl.models.cache`.
+    """
+
+    rope: Rope
+    block: jax.Array
+    past: jax.Array | None = None
+    slots: jax.Array | None = None
+    mode: str | None = None
+    size: int = 0
+
+    def local(self, rope: Rope, positions: jax.Array, window: int) -> Flow:
+        """The same for layers that see the last ``window`` tokens only, the token itself included.
+
+        positions i32[B,T] of the block's tokens; a cache slot's position is its number.
+        """
+        block, past = self.block & near(positions, positions, window), self.past
+        if past is not None:
+            past = past & near(positions, jnp.arange(past.shape[-1])[None], window)
+        return dataclasses.replace(self, rope=rope, block=block, past=past)
 
 
 def near(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array:

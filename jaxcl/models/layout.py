@@ -67,6 +67,11 @@ def axes(spec: DecoderSpec, params: Mapping[str, Any]) -> dict[str, Axes]:
     table = layout(spec) | {"value_head/kernel": Leaf((spec.width, 1), ("embed", None), 0.0)}
     if spec.tied:
         table["head/kernel"] = Leaf((spec.width, spec.vocab), ("embed", "vocab"), None)
+    return axes_by(table, params)
+
+
+def axes_by(table: Mapping[str, Leaf], params: Mapping[str, Any]) -> dict[str, Axes]:
+    """The axes of every key of ``params`` by a table of an architecture's own; see `axes`."""
     return {path: _axes(table, path, leaf.ndim) for path, leaf in params.items()}
 
 

@@ -1,4 +1,4 @@
-"""The static description of a decoder, and how its layers are laid out as segments."""
+"""The static description of a decoder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..errors import RequestError, unknown
-
-Segments = tuple[tuple[tuple[str, ...], int], ...]
+from .segments import Layered, checked
+from .segments import Run as Run  # beside the spec that has them
+from .segments import Segments as Segments
 
 KINDS = ("block", "local")
 DTYPES = ("float32", "bfloat16")
@@ -27,19 +28,6 @@ MOST_LAYERS = 4096  # a weight file that lies about its depth is refused before 
 SIZES = ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "context", "nll_chunk")
 
 
-class Run(NamedTuple):
-    """One segment, resolved: what stands at each position of its pattern.
-
-    prefixes[j] is the path of position j, ``'layers/7'`` where the segment has one repeat and
-    ``'layers/0:30:1'`` where its layers share one stacked key. layers[j] are the layer numbers behind it.
-    """
-
-    kinds: tuple[str, ...]
-    repeats: int
-    prefixes: tuple[str, ...]
-    layers: tuple[range, ...]
-
-
 class RopeScaling(NamedTuple):
     """How rotary angles are stretched for a longer context; see `jaxcl.models.rope.rates`. kind: 'linear' (only factor
     counts) or 'llama3', where pairs that turn fewer than ``low`` times over ``original`` tokens are slowed by
@@ -53,7 +41,7 @@ class RopeScaling(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderSpec:
+class DecoderSpec(Layered):
     """A decoder of Llama's type with the options that its relatives added. Hashable, so it may be a static argument
     of jit.
 
@@ -128,7 +116,7 @@ class DecoderSpec:
         object.__setattr__(self, "biases", tuple(s for s in SITES if s in self.biases))  # what JSON made a list, too
         if self.rope_scaling is not None:
             object.__setattr__(self, "rope_scaling", _scaling(self.rope_scaling))
-        object.__setattr__(self, "segments", _checked(self.segments, self.layers))
+        object.__setattr__(self, "segments", checked(self.segments, self.layers, KINDS, "decoder"))
         self._check_window()
 
     def _check_window(self) -> None:
@@ -139,46 +127,6 @@ class DecoderSpec:
             raise _refused(self, "window", "a whole number where segments have 'local' layers, else None")
         if self.window is None and self.local_theta is not None:
             raise _refused(self, "local_theta", "None without a window")
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kind of every layer, in order."""
-        return tuple(kind for kinds, repeats in self.segments for kind in kinds * repeats)
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """The segments in order, with their paths and layer numbers."""
-        out, start = [], 0
-        for kinds, repeats in self.segments:
-            step = len(kinds)
-            stop = start + step * repeats
-            layers = tuple(range(start + j, stop, step) for j in range(step))
-            if repeats == 1:
-                prefixes = tuple(f"layers/{r.start}" for r in layers)
-            else:
-                prefixes = tuple(f"layers/{r.start}:{stop}:{step}" for r in layers)
-            out.append(Run(kinds, repeats, prefixes, layers))
-            start = stop
-        return tuple(out)
-
-    def runs_from(self, layer: int) -> tuple[Run, ...]:
-        """The segments from a layer on. RequestError where it is inside a stack."""
-        left = []
-        for run in self.runs:
-            first, last = run.layers[0].start, run.layers[-1][-1]
-            if first >= layer:
-                left.append(run)
-            elif last >= layer and run.repeats > 1:
-                raise RequestError(f"layer {layer} is in a stack of layers; restack so that it stands alone")
-            elif last >= layer:
-                rest = slice(layer - first, None)
-                left.append(Run(run.kinds[rest], 1, run.prefixes[rest], run.layers[rest]))
-        return tuple(left)
-
-    @property
-    def unstacked(self) -> Segments:
-        """Segments that keep every layer under its own key."""
-        return ((self.kinds, 1),)
 
 
 def _refused(spec: DecoderSpec, name: str, accepted: str) -> RequestError:
@@ -193,22 +141,6 @@ def _scaling(value: Sequence) -> RopeScaling:
     if not fits or not all(map(math.isfinite, made[1:])):
         accepted = "factor above 0, 0 < low < high, original above 0"
         raise RequestError(f"decoder: rope_scaling is {tuple(made)!r}; accepted: {accepted}")
-    return made
-
-
-def _checked(segments: Sequence, layers: int) -> Segments:
-    if not segments:
-        return ((("block",) * layers, 1),)
-    made = tuple((tuple(kinds), int(repeats)) for kinds, repeats in segments)
-    for kinds, repeats in made:
-        for kind in kinds:
-            if kind not in KINDS:
-                raise unknown("kind of layer", str(kind), KINDS, where="decoder segments")
-        if not kinds or repeats < 1:
-            raise RequestError(f"decoder: segment {(kinds, repeats)!r} is empty; accepted: kinds and repeats")
-    total = sum(len(kinds) * repeats for kinds, repeats in made)
-    if total != layers:
-        raise RequestError(f"decoder: segments hold {total} layers; accepted: exactly {layers}")
     return made
 
 

@@ -7,24 +7,24 @@ one relabelling serves them all.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..errors import RequestError, unknown
-from .spec import DecoderSpec, Segments
+from .segments import Layered, Segments
 
+S = TypeVar("S", bound=Layered)
 LAYER = re.compile(r"^(?P<head>(?:.*/)?layers)/(?P<at>\d+(?::\d+:\d+)?)/(?P<rest>.+)$")
 
 
 def restack(
-    tree: Mapping[str, Any], spec: DecoderSpec, segments: Segments, *, now: Segments | None = None
-) -> tuple[dict[str, Any], DecoderSpec]:
+    tree: Mapping[str, Any], spec: S, segments: Segments, *, now: Segments | None = None
+) -> tuple[dict[str, Any], S]:
     """(relabelled dict, spec with ``segments``) of a flat dict whose keys are, or end in, parameter paths.
 
     Values may be arrays (a stacked one has the repeats in front) or whole pytrees of such. Keys without a
@@ -32,14 +32,14 @@ def restack(
     RequestError where a stack would hold layers of which some have the key and others not (a stack is trained
     or frozen as a whole), on a layer the spec does not have, and on segments with other kinds of layers.
     """
-    source = dataclasses.replace(spec, segments=spec.segments if now is None else now)
-    target = dataclasses.replace(spec, segments=segments)
+    source = spec.with_segments(spec.segments if now is None else now)
+    target = spec.with_segments(segments)
     if target.kinds != source.kinds:  # relabelled so, local layers would see everything, or the reverse
         raise RequestError(f"restack: segments {segments!r} change the kinds of layers; accepted: {source.kinds!r}")
     return _stacked(_single(tree, source), target), target
 
 
-def restack_tree(tree: Any, spec: DecoderSpec, segments: Segments) -> Any:
+def restack_tree(tree: Any, spec: Layered, segments: Segments) -> Any:
     """`restack` on every dict of parameter paths inside any pytree: optimizer states, Fisher, anchors."""
 
     def is_table(node: Any) -> bool:
@@ -48,7 +48,7 @@ def restack_tree(tree: Any, spec: DecoderSpec, segments: Segments) -> Any:
     return jax.tree.map(lambda n: restack(n, spec, segments)[0] if is_table(n) else n, tree, is_leaf=is_table)
 
 
-def _single(tree: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
+def _single(tree: Mapping[str, Any], spec: Layered) -> dict[str, Any]:
     """Every layer under its own number."""
     layers = {p.removeprefix("layers/"): r for run in spec.runs for p, r in zip(run.prefixes, run.layers)}
     out: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def _single(tree: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
     return out
 
 
-def _stacked(tree: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
+def _stacked(tree: Mapping[str, Any], spec: Layered) -> dict[str, Any]:
     """From single layers to the keys of ``spec.segments``."""
     stacks = [pair for run in spec.runs if run.repeats > 1 for pair in zip(run.prefixes, run.layers)]
     place = {i: (prefix, layers) for prefix, layers in stacks for i in layers}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 
 from ..core.types import Inject
 from ..errors import RequestError, unknown
 from .layout import layout
-from .spec import DecoderSpec, Run
+from .segments import Layered, Run
+from .spec import DecoderSpec
 
 
 def tap_names(spec: DecoderSpec) -> tuple[str, ...]:
@@ -19,22 +20,27 @@ def tap_names(spec: DecoderSpec) -> tuple[str, ...]:
     return sites + tuple(f"layers/{i}:out" for i in range(spec.layers))
 
 
-def local_taps(spec: DecoderSpec, run: Run, taps: tuple[str, ...]) -> dict[str, frozenset[str]]:
-    """{prefix: local names wanted of any layer behind it}; raises RequestError on names that do not exist."""
-    known = tap_names(spec) if taps else ()
+def check_taps(taps: tuple[str, ...], known: Collection[str]) -> None:
+    """RequestError on a name that is not among the ``known``."""
     for name in taps:
         if name not in known:
             raise unknown("tap", name, known)
+
+
+def local_taps(run: Run, taps: tuple[str, ...]) -> dict[str, frozenset[str]]:
+    """{prefix: local names wanted of any layer behind it}."""
     wanted: dict[str, frozenset[str]] = {}
     for prefix, layers in zip(run.prefixes, run.layers):
         wanted[prefix] = frozenset(_local(name) for name in taps if _layer(name) in layers)
     return wanted
 
 
-def local_injections(spec: DecoderSpec, inject: Mapping[str, Inject]) -> dict[str, dict[str, Inject]]:
-    """{prefix: {local site: function}}; RequestError on a site that does not exist or stands in a stack, whose layers
-    are one program and cannot be told apart."""
-    known = {name.removesuffix(":in") for name in tap_names(spec) if name.endswith(":in")} if inject else set()
+def local_injections(
+    spec: Layered, inject: Mapping[str, Inject], taps: Collection[str]
+) -> dict[str, dict[str, Inject]]:
+    """{prefix: {local site: function}}; RequestError on a site without a tap, or one that stands in a stack, whose
+    layers are one program and cannot be told apart."""
+    known = {name.removesuffix(":in") for name in taps if name.endswith(":in")}
     single = {prefix for run in spec.runs if run.repeats == 1 for prefix in run.prefixes}
     placed: dict[str, dict[str, Inject]] = {}
     for site, function in inject.items():
@@ -47,7 +53,7 @@ def local_injections(spec: DecoderSpec, inject: Mapping[str, Inject]) -> dict[st
     return placed
 
 
-def select(spec: DecoderSpec, seen: dict[str, jax.Array], taps: tuple[str, ...]) -> dict[str, jax.Array]:
+def select(spec: Layered, seen: dict[str, jax.Array], taps: tuple[str, ...]) -> dict[str, jax.Array]:
     """{tap: its array}, cut out of a stack's [R, ...] where the layer is stacked."""
     out = {}
     for name in taps:
