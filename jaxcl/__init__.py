@@ -36,6 +36,7 @@ _HOME = {
     "jaxcl.methods.llama_pro": "llama_pro",
     "jaxcl.methods.lora": "lora",
     "jaxcl.methods.lwf": "lwf",
+    "jaxcl.methods.inflora": "inflora",
     "jaxcl.methods.olora": "olora",
     "jaxcl.methods.ppo": "ppo",
     "jaxcl.methods.replay": "replay",

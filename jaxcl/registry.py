@@ -37,6 +37,7 @@ _STATIC = (  # name, kind, group, card, paper
     ("lora", "method", "adapters", "cft/lora", _LORA),
     ("inclora", "method", "adapters", "cft/lora", _LORA + "; a fresh adapter per stage"),
     ("olora", "method", "adapters", "cft/o-lora", "Wang et al. 2023, arXiv 2310.14152"),
+    ("inflora", "method", "adapters", "cft/inflora", "Liang and Li 2024, arXiv 2404.00228"),
     ("llama_pro", "method", "architecture", "cpt/llama-pro", "Wu et al. 2024, arXiv 2401.02415"),
     ("elle", "method", "architecture", "cpt/elle", "Qin et al. 2022, arXiv 2203.06311"),
     ("ppo", "method", "alignment", "refine-align/rlhf-pieces", "Schulman et al. 2017, arXiv 1707.06347"),

@@ -22,6 +22,7 @@ from jaxcl.methods.grace import grace
 from jaxcl.methods.grpo import grpo
 from jaxcl.methods.hat import hat
 from jaxcl.methods.inclora import inclora
+from jaxcl.methods.inflora import inflora
 from jaxcl.methods.joint import joint
 from jaxcl.methods.lamol import lamol
 from jaxcl.methods.llama_pro import llama_pro
@@ -57,6 +58,7 @@ METHODS = {
     "merged": lambda: lora(merged=True, **ADAPTER),
     "inclora": lambda: inclora(max_stages=2, **ADAPTER),
     "olora": lambda: olora(max_stages=2, **ADAPTER),
+    "inflora": lambda: inflora(rank=2, max_stages=2, stages=2, rows=8),
     "folded": lambda: olora(max_stages=2, fold=True, **ADAPTER | {"dropout": 0.0}),
     "llama_pro": lambda: llama_pro(groups=2),
     "elle": lambda: elle(growth=({"heads": 2, "layers": 1},), capacity=20, recover=4, segments=2),

@@ -107,7 +107,7 @@ def test_moments_start_anew_with_a_merged_adapter(tmp_path):
 
 def test_masters_are_float32_where_the_blocks_compute_in_bfloat16(tmp_path):
     """A rate of 1e-5 moves weights by less than bfloat16 tells apart from 1: masters keep what a cast would lose."""
-    given = dict(n=1, tx=optax.adam(1e-5))
+    given = {"n": 1, "tx": optax.adam(1e-5)}
     half = support_run([], tmp_path / "half", spec=dataclasses.replace(SPEC, dtype="bfloat16"), **given)
     full = support_run([], tmp_path / "full", **given)
     assert {w.dtype for w in half.params.values()} == {np.dtype(np.float32)}

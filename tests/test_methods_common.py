@@ -25,6 +25,7 @@ from jaxcl.methods.grace import grace
 from jaxcl.methods.grpo import grpo
 from jaxcl.methods.hat import hat
 from jaxcl.methods.inclora import inclora
+from jaxcl.methods.inflora import inflora
 from jaxcl.methods.joint import joint
 from jaxcl.methods.lamol import lamol
 from jaxcl.methods.llama_pro import llama_pro
@@ -63,6 +64,7 @@ ROWS: dict[str, Callable[[], Method]] = {
     "lora merged": lambda: lora(merged=True, name="merging", **SMALL),
     "inclora": lambda: inclora(**BANK),
     "olora": lambda: olora(norm_strength=0.1, **BANK),
+    "inflora": lambda: inflora(rank=2, max_stages=3, stages=3, rows=8),
     "llama_pro": lambda: llama_pro(groups=2),
     "grace": lambda: grace(eps_init=0.1, n_iter=3, capacity=64),
     "elle": lambda: elle(growth=({"heads": 2}, {"layers": 1}), capacity=12, recover=2, segments=2, noise=0.0),
@@ -70,15 +72,16 @@ ROWS: dict[str, Callable[[], Method]] = {
     "grpo": lambda: grpo(reward="token:7", max_new=4, group=2, epochs=2),
 }
 GROWING = ("llama_pro", "elle")  # a surgery at the start of a stage is one more compilation
-ADAPTERS = ("lora", "lora merged", "inclora", "olora")
+ADAPTERS = ("lora", "lora merged", "inclora", "olora", "inflora")
 REFUSED = [
     *itertools.combinations(ADAPTERS, 2),  # on the same sites
     *(("hat", name) for name in (*ADAPTERS, "llama_pro", "ppo")),  # HAT cannot protect what these train always
+    ("inflora", "llama_pro"),  # it knows the inputs of layers that these move
     ("ppo", "grpo"),  # a phase has rollouts of one
     *((name, "grace") for name in ("hat", *ADAPTERS, "llama_pro")),  # GRACE's edits hold in a frozen model
     ("grace", "ppo"),  # as above
 ]
-ELSEWHERE = [("rho1", "ppo"), ("grace", "elle")]  # refused when it comes to that: test_ppo, test_protocol_page
+ELSEWHERE = [("rho1", "ppo"), ("grace", "elle"), ("inflora", "elle")]  # refused when it comes to that: test_ppo, test_protocol_page
 # What must be the same as training without any method: a strength of nothing is nothing, bit for bit.
 NOTHING: dict[str, Callable[[], Method]] = {
     "joint": lambda: replay(ratio=0.0),

@@ -47,7 +47,7 @@ def banking(rank: int, scale: float, dropout: float, targets: Sequence[str], max
             return world._replace(params=params), {"host": {**own["host"], "used": 0}}
         where, used = own["host"]["sites"], own["host"]["used"]
         world = world._replace(params={**world.params, **to_bank(world.params, where, used)})
-        return fresh_slot(world, where, rank), {**own, "host": {"sites": where, "used": used + 1}}
+        return fresh_slot(world, where, rank), {**own, "host": {**own["host"], "used": used + 1}}
 
     return begin
 
