@@ -81,7 +81,8 @@ REFUSED = [
     *((name, "grace") for name in ("hat", *ADAPTERS, "llama_pro")),  # GRACE's edits hold in a frozen model
     ("grace", "ppo"),  # as above
 ]
-ELSEWHERE = [("rho1", "ppo"), ("grace", "elle"), ("inflora", "elle")]  # refused when it comes to that: test_ppo, test_protocol_page
+# Refused when it comes to that: test_ppo, test_protocol_page.
+ELSEWHERE = [("rho1", "ppo"), ("grace", "elle"), ("inflora", "elle")]
 # What must be the same as training without any method: a strength of nothing is nothing, bit for bit.
 NOTHING: dict[str, Callable[[], Method]] = {
     "joint": lambda: replay(ratio=0.0),
