@@ -168,7 +168,13 @@ def test_olora_without_strengths_is_inclora_and_with_them_is_not(trained, tmp_pa
     assert not same(trained("olora").params, plain.params)
 
 
-@pytest.mark.parametrize("name", ROWS)
+def in_stacks() -> list:
+    """Methods that change or read the layers themselves; the others see a stack as one more parameter (``-m slow``)."""
+    own = {"ewc", "hat", "lwf asked", "grace", "lora merged", "olora", "inflora", "llama_pro", "elle"}
+    return [name if name in own else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
+
+
+@pytest.mark.parametrize("name", in_stacks())
 def test_stacked_layers_train_as_unstacked_ones(trained, name):
     """Three whole stages: step, Fisher, surgery, banks and merging all map over the layers' axis."""
     one, stack = trained(name), trained(name, stacked=True)
