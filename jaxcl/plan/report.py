@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +29,8 @@ from jaxcl.plan.draft import Draft, draft
 from jaxcl.plan.flops import flops
 from jaxcl.plan.traffic import traffic
 
+MODULE = "train_step"
+"""In the name of the step's module."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 FORMULAS = {
     "compute_s": "flops.per_chip / peak.flops",
@@ -72,15 +76,25 @@ def plan(build: Callable[[], Experiment], topology: str, stage: int | None = Non
         "flops": work_of(drawn, flops(traced.jaxpr), len(devices)),
     }
     try:
-        compiled = traced.lower().compile()
+        compiled, text = compile_with_text(traced)
     except JaxRuntimeError as e:
         return found | {"fits": False, "memory": shortage(e, chip), "seconds": round(time.monotonic() - started, 1)}
-    program = hlo.parse(compiled.as_text())
+    program = hlo.parse(text)
     found["memory"] = memory_of(compiled, chip)
     found["fits"] = found["memory"]["total"] <= chip.hbm
     found["collectives"] = {k: v._asdict() for k, v in hlo.collectives(program, len(devices)).items()}
     found["roofline"] = roofline(found, traffic(program), chip)
     return found | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def compile_with_text(traced: Any) -> tuple[Any, str]:
+    """(the compiled step, its optimized HLO). The text is what the compiler itself writes down: for newer chips it has
+    operations that cannot be read back from the executable, which is what ``as_text`` does."""
+    with tempfile.TemporaryDirectory(prefix="jaxcl-plan-") as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": MODULE}
+        compiled = traced.lower().compile(compiler_options=options)
+        (file,) = Path(folder).glob(f"*{MODULE}*.after_optimizations.txt")
+        return compiled, file.read_text(encoding="utf-8")
 
 
 def drafted(
