@@ -1,0 +1,113 @@
+"""T5's layers as Flax NNX modules over the flat dict; dense sites, norms and gates are the decoder's.
+
+Shapes: B rows, T tokens, S cache slots, M source tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from .attention import Part, attend
+from .blocks import ACTIVATIONS, Dense, GatedMLP, RMSNorm, View, below
+from .cache import Cache, Written, write
+from .flow import SiteFlow
+from .t5_spec import T5Spec
+
+
+@dataclasses.dataclass(kw_only=True)
+class T5Flow(SiteFlow):
+    """What the layers of a stack need beside their input. block: bool [B,T,T], who sees whom; bias: f32[B or 1,H,T,T].
+
+    past, past_bias: [B,T,S] and [B,H,T,S], the same for cache slots, or None; slots, mode, size: see
+    `jaxcl.models.flow.Flow`. source: [B,M,D], what the encoder made; None in the encoder itself and where a cache holds
+    its keys and values. reads: bool [B,T,M], who sees which of it, None in the encoder.
+    """
+
+    block: jax.Array
+    bias: jax.Array
+    past: jax.Array | None = None
+    past_bias: jax.Array | None = None
+    slots: jax.Array | None = None
+    mode: str | None = None
+    size: int = 0
+    source: jax.Array | None = None
+    reads: jax.Array | None = None
+
+
+class T5Attention(nnx.Module):
+    """Attention whose scores are not scaled: the initial weights of q are (Raffel et al. 2020)."""
+
+    def __init__(self, view: View, site: str, head_dim: int):
+        self.head_dim = head_dim
+        self.q, self.k, self.v, self.o = (Dense(below(view, n), f"{site}/{n}") for n in "qkvo")
+
+    def keys(self, x: jax.Array, flow: T5Flow) -> Written:
+        """Keys and values [B,T,H,Dh] of x [B,T,D]."""
+        return Written(self.heads(self.k(x, flow)), self.heads(self.v(x, flow)))
+
+    def __call__(self, x: jax.Array, parts: list[Part], flow: T5Flow) -> jax.Array:
+        y = attend(self.heads(self.q(x, flow)), parts, 1.0)
+        return self.o(y.reshape(*x.shape[:-1], -1), flow)
+
+    def heads(self, y: jax.Array) -> jax.Array:
+        return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+
+class ReluMLP(nnx.Module):
+    """down(relu(up(x)))."""
+
+    def __init__(self, view: View):
+        self.up, self.down = (Dense(below(view, n), f"mlp/{n}") for n in ("up", "down"))
+
+    def __call__(self, x: jax.Array, flow: SiteFlow) -> jax.Array:
+        return self.down(ACTIVATIONS["relu"](self.up(x, flow)), flow)
+
+
+class T5Block(nnx.Module):
+    """x + attention, in the decoder + attention to the source, + feed-forward, each of the normed x."""
+
+    def __init__(self, view: View, spec: T5Spec, crossed: bool):
+        norms = ("attn_norm", "mlp_norm")
+        self.attn_norm, self.mlp_norm = (RMSNorm(below(view, n), spec.norm_eps) for n in norms)
+        self.attn = T5Attention(below(view, "attn"), "attn", spec.head_dim)
+        self.cross = Cross(below(view, "cross"), spec) if crossed else None
+        self.mlp = GatedMLP(below(view, "mlp"), "gelu_tanh") if spec.gated else ReluMLP(below(view, "mlp"))
+
+    def __call__(self, x: jax.Array, flow: T5Flow, old: Cache) -> tuple[jax.Array, Cache]:
+        """(x after the layer, the cache entries that it writes); old: its entries so far."""
+        normed = self.attn_norm(x)
+        new = self.attn.keys(normed, flow)
+        parts = [Part(*new, flow.block, flow.bias)]
+        cached = Written(old["k"], old["v"]) if "k" in old else None
+        if cached is not None and flow.past is not None:
+            parts.append(Part(*cached, flow.past, flow.past_bias))
+        x = x + self.attn(normed, parts, flow)
+        written = write(flow, cached, new)
+        entries: Cache = {} if written is None else {"k": written.k, "v": written.v}
+        if self.cross is not None:
+            y, kept = self.cross(x, flow, below(old, "cross"))
+            x, entries = x + y, entries | {f"cross/{name}": leaf for name, leaf in kept.items()}
+        x = x + self.mlp(self.mlp_norm(x), flow)
+        flow.see("out", x)
+        return x, entries
+
+
+class Cross(nnx.Module):
+    """The decoder's attention to the source, whose keys and values are computed once and then kept."""
+
+    def __init__(self, view: View, spec: T5Spec):
+        self.norm = RMSNorm(below(view, "attn_norm"), spec.norm_eps)
+        self.attn = T5Attention(below(view, "attn"), "cross/attn", spec.head_dim)
+
+    def __call__(self, x: jax.Array, flow: T5Flow, old: Cache) -> tuple[jax.Array, Cache]:
+        """(what the source adds to x, the entries for the cache where there is one)."""
+        assert flow.reads is not None
+        if flow.source is None:
+            keys = Written(old["k"], old["v"])
+        else:
+            keys = self.attn.keys(flow.source, flow)
+        y = self.attn(self.norm(x), [Part(*keys, flow.reads)], flow)
+        return y, {"k": keys.k, "v": keys.v} if flow.mode == "fill" else {}
