@@ -18,12 +18,14 @@ from jaxcl.core.loop import Loop
 from jaxcl.core.progress import Reporter
 from jaxcl.core.run import train
 from jaxcl.core.til import til
-from jaxcl.core.types import Method
+from jaxcl.core.types import Method, Model
 from jaxcl.data.encode import Example, encode
 from jaxcl.data.stage import Stage
 from jaxcl.models.decoder import decoder
 from jaxcl.models.spec import DecoderSpec, tiny
 from jaxcl.models.stacking import restack
+from jaxcl.models.t5 import t5
+from jaxcl.models.t5_spec import T5Spec
 
 SPEC = tiny(vocab=32, layers=2, width=16, heads=2, kv_heads=1, mlp=32, context=64)
 MODEL = decoder(SPEC)
@@ -62,18 +64,22 @@ def stages(n: int = 3, rows: int = 16) -> list[Stage]:
     return [Stage(f"s{i}", Answers(f"s{i}", rows, seed=i)) for i in range(n)]
 
 
-def weights(spec: DecoderSpec = SPEC) -> dict[str, jax.Array]:
+def model_of(spec: Any) -> Model:
+    return t5(spec) if isinstance(spec, T5Spec) else decoder(spec)
+
+
+def weights(spec: Any = SPEC) -> dict[str, jax.Array]:
     """The initial weights; the same numbers however the spec stacks its layers."""
-    return decoder(spec).init(spec, jax.random.key(0))
+    return model_of(spec).init(spec, jax.random.key(0))
 
 
 def experiment(
-    methods: Sequence[Method], *, n: int = 3, rows: int = 16, spec: DecoderSpec = SPEC, **kw: Any
+    methods: Sequence[Method], *, n: int = 3, rows: int = 16, spec: Any = SPEC, **kw: Any
 ) -> Experiment:
     """Three stages of sixteen rows on one device; every field of Experiment may be given."""
     kw = {"tx": optax.adam(3e-3), "batch_size": 8, "save_every": 0, "mesh": {"data": 1}, "stages": stages(n, rows)} | kw
     kw.setdefault("params", weights(spec))
-    exp = Experiment(model=decoder(spec), methods=methods, **kw)
+    exp = Experiment(model=model_of(spec), methods=methods, **kw)
     return til(exp) if TOLD & {m.name for m in methods} else exp
 
 

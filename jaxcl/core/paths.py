@@ -60,7 +60,7 @@ def sites(params: Mapping[str, Any], targets: Iterable[str]) -> list[str]:
     for target in targets:
         hit = [s for s in known if matches(s, (target,))]
         if not hit:
-            short = {"/".join(s.split("/")[2:]) for s in known}
+            short = {s.partition("layers/")[2].partition("/")[2] for s in known}
             raise RequestError(f"target {target!r} names no dense site of the model; {nearest(target, short)}")
         found.update(hit)
     return sorted(found)

@@ -44,8 +44,9 @@ class View:
 
     @property
     def wrapped(self) -> bool:
-        """Whether a method stands between the model and who asks, so that `apply` may look at a prompt as a whole."""
-        return bool(self.methods) and not self._bare
+        """Whether `apply` may look at a prompt as a whole: where a method stands between the model and who asks, and
+        where the model has an encoder (its spec says that it ``encodes``)."""
+        return (bool(self.methods) and not self._bare) or getattr(self.spec, "encodes", False)
 
     @property
     def _bare(self) -> bool:

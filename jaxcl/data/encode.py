@@ -87,8 +87,7 @@ def fit_prompt(row: dict[str, Any], template: Template, tokenizer: Tokenizer, ro
                 f"{room} are left by the window and the target; take a larger window"
             )
         kept = kept[: max(len(kept) - (len(ids) - room), 0)]
-        # a cut inside a character decodes to a replacement mark: keep what is really a beginning of the input
-        text = _common_start(row["input"], tokenizer.decode(kept))
+        text = _beginning(tokenizer, row["input"], kept)
         ids = begun(tokenizer, template.prompt(row, tokenizer, text))
     return ids
 
@@ -106,6 +105,14 @@ def check_frames(
         if frame not in seen:
             seen.add(frame)
             fit_prompt(row | {"input": ""}, template, tokenizer, room)
+
+
+def _beginning(tokenizer: Tokenizer, text: str, kept: list[int]) -> str:
+    """The part of a text that its first tokens ``kept`` stand for."""
+    if getattr(tokenizer, "lossy", False):
+        return tokenizer.beginning(text, len(kept))  # type: ignore[attr-defined]
+    # a cut inside a character decodes to a replacement mark: keep what is really a beginning of the input
+    return _common_start(text, tokenizer.decode(kept))
 
 
 def _common_start(a: str, b: str) -> str:

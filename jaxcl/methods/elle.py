@@ -65,6 +65,8 @@ def elle(
 
     def begin(world: World, own: Own | None) -> tuple[World, Own]:
         if not own:
+            if any(any(step.values()) for step in growth):
+                growable(world.spec)  # said before the first stage, not before the second
             return world, {"host": {**memory.empty(world)["host"], "candidates": [], "progress": {}, "grown": []}}
         host = {**own["host"], "progress": {}}
         step = dict(growth[world.stage - 1]) if 0 < world.stage <= len(growth) else {}
@@ -150,14 +152,19 @@ def grown(
 
 def sizes_after(spec: DecoderSpec, step: Mapping[str, int]) -> Sizes:
     """Sizes of a decoder after a step of growth. RequestError where heads are no multiple of a group's query heads."""
-    if not isinstance(spec, DecoderSpec):
-        raise RequestError(f"elle cannot grow a {type(spec).__name__}; accepted: a DecoderSpec")
+    growable(spec)
     per_group, heads = spec.heads // spec.kv_heads, step.get("heads", 0)
     if heads % per_group:
         raise RequestError(f"elle: {heads} more heads in groups of {per_group}; accepted: multiples of {per_group}")
     width = spec.width + step.get("width", heads * spec.head_dim)
     mlp = spec.mlp + step.get("mlp", round(spec.mlp * width / spec.width) - spec.mlp)
     return Sizes(width, spec.kv_heads + heads // per_group, mlp)
+
+
+def growable(spec: Any) -> None:
+    """RequestError for another model than a decoder."""
+    if not isinstance(spec, DecoderSpec):
+        raise RequestError(f"elle cannot grow a {type(spec).__name__}; accepted: a DecoderSpec")
 
 
 def picked(

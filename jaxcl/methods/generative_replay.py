@@ -85,6 +85,8 @@ def generative_replay(
             own = {"fixed": {}, "host": host}
         if not strength and not samples:
             return world, own
+        if getattr(world.spec, "encodes", False):
+            raise RequestError(f"{name}: a model with an encoder does not write prompts; accepted: a decoder")
         shape = shape_of(world)
         check_context(world, recipe if samples else None, shape)
         world, own = _with_tokens(world, own, max_stages if tasks else 1, world.stage if tasks else 0)

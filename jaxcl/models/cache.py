@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core.types import Apply, Batch, Outputs, Params
-from .flow import Flow
+from .flow import CacheFlow
 
 Cache = dict[str, Any]
 
@@ -84,7 +84,7 @@ def route(cache: Cache | None, batch: Batch) -> dict[str, Any]:
     return {"mode": "read" if "read_only" in cache else "write", "size": size, "slots": slots, "past": past}
 
 
-def write(flow: Flow, old: Written | None, new: Written) -> Written | None:
+def write(flow: CacheFlow, old: Written | None, new: Written) -> Written | None:
     """One layer's keys and values with the block's written at their slots; None where nothing is kept."""
     if flow.mode not in ("fill", "write"):
         return None
@@ -96,7 +96,7 @@ def write(flow: Flow, old: Written | None, new: Written) -> Written | None:
     return Written(*(o.at[rows, flow.slots].set(n.astype(o.dtype), mode="drop") for o, n in zip(old, new)))
 
 
-def closed(cache: Cache | None, flow: Flow, written: Cache) -> Cache | None:
+def closed(cache: Cache | None, flow: CacheFlow, written: Cache) -> Cache | None:
     """The cache after all layers: new keys, and the slots that now hold something."""
     if cache is None or flow.mode == "read":
         return cache

@@ -1,10 +1,10 @@
-"""A decoder as a Hugging Face directory: config.json, safetensors (in shards above a size), tokenizer files."""
+"""A model as a Hugging Face directory: config.json, safetensors (in shards above a size), tokenizer files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,29 +13,58 @@ from jaxcl.errors import RequestError
 from jaxcl.models.export_config import hf_config
 from jaxcl.models.export_tokenizer import write_json, write_tokenizer
 from jaxcl.models.hf_config import norm_offset
-from jaxcl.models.layout import layout
+from jaxcl.models.layout import Leaf, layout
 from jaxcl.models.names import foreign_name, is_flipped
 from jaxcl.models.spec import DecoderSpec
 from jaxcl.models.stacking import restack
+from jaxcl.models.t5_hf import names_of, t5_config
+from jaxcl.models.t5_spec import T5Spec
+from jaxcl.models.t5_spec import layout as t5_layout
 from jaxcl.surgery.adapters import merge
 
+Spec = DecoderSpec | T5Spec
 SHARD_BYTES = 5 * 10**9
 """Largest weight file; above it the model is split, as transformers does it."""
+TOKENS = 512
+"""What a tokenizer's files say of the longest text where the model itself has no limit (T5's relative positions)."""
 LORA = ("lora_a", "lora_b", "lora_scale", "bank_a", "bank_b", "bank_scale")
 SCALES = ("in_scale", "out_scale")
 
 
+class Form(NamedTuple):
+    """An architecture as files have it: its table of parameters, their names there, config.json without dtype, whether
+    token ids that a tokenizer does not have are written as null there (see `write_tokenizer`)."""
+
+    leaves: dict[str, Leaf]
+    names: dict[str, str]
+    config: Callable[[], dict[str, Any]]
+    nulls: bool
+
+
+def form_of(spec: Spec) -> Form:
+    """The form of a decoder or a T5."""
+    if isinstance(spec, T5Spec):
+        return Form(t5_layout(spec), names_of(spec), lambda: t5_config(spec), False)
+    leaves = layout(spec)
+    return Form(leaves, {path: foreign_name(spec, path, "hf") for path in leaves}, lambda: hf_config(spec), True)
+
+
 def write_hf(
-    folder: Path, spec: DecoderSpec, params: Mapping[str, Any], tokenizer: Any, shard_bytes: int = SHARD_BYTES
+    folder: Path, spec: Spec, params: Mapping[str, Any], tokenizer: Any, shard_bytes: int = SHARD_BYTES
 ) -> list[str]:
-    """Writes a model that transformers' AutoModelForCausalLM and AutoTokenizer load from ``folder`` (which exists).
+    """Writes a model that transformers' AutoModelForCausalLM (of a T5: AutoModelForSeq2SeqLM) and AutoTokenizer load
+    from ``folder``, which exists.
 
     params: the flat dict in any stacking, adapters included; they are merged into the kernels. Returns notes.
     Raises RequestError on parameters or a tokenizer that have no such form.
     """
-    config = hf_config(spec)
+    form = form_of(spec)
+    config = form.config()
     weights, notes = merged(spec, params)
-    ids, more = write_tokenizer(folder, tokenizer, spec.context)
+    ids, more = write_tokenizer(folder, tokenizer, getattr(spec, "context", TOKENS))
+    if not form.nulls:
+        given = {name: config[name] for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")}
+        ids = {**given, **{name: value for name, value in ids.items() if value is not None}}
     shards = list(split(spec, weights, shard_bytes))
     write_json(folder / "config.json", {**config, "dtype": str(weights["embed/kernel"].dtype), **ids})
     write_json(folder / "generation_config.json", ids)
@@ -43,14 +72,14 @@ def write_hf(
     return notes + more
 
 
-def merged(spec: DecoderSpec, params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(exactly the decoder's own weights, single layers; notes). With adapters, all are float32 and merged.
+def merged(spec: Spec, params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(exactly the model's own weights, single layers; notes). With adapters, all are float32 and merged.
 
-    Raises RequestError where a part of the model would be lost; parameters the decoder itself never reads (a value
-    head) are left out and noted.
+    Raises RequestError where a part of the model would be lost; parameters the model itself never reads (a value head)
+    are left out and noted.
     """
     flat = restack({k: np.asarray(v) for k, v in params.items()}, spec, spec.unstacked)[0]
-    table = layout(spec)
+    table = form_of(spec).leaves
     extra = [k for k in flat if k not in table]
     if any(k.endswith((*LORA, *SCALES)) for k in extra):
         flat = {k: v.astype(np.float32) for k, v in flat.items()}
@@ -61,7 +90,7 @@ def merged(spec: DecoderSpec, params: Mapping[str, Any]) -> tuple[dict[str, np.n
     lost = [k for k in apart if k.split("/")[0] in {path.split("/")[0] for path in table}]
     if lost:
         raise RequestError(f"the run has {lost[0]!r}, which no Hugging Face model of this kind holds")
-    notes = [f"left out: {len(apart)} weights that the decoder does not read ({apart[0]}, ...)"] if apart else []
+    notes = [f"left out: {len(apart)} weights that the model does not read ({apart[0]}, ...)"] if apart else []
     return {path: flat[path] for path in table}, notes
 
 
@@ -77,11 +106,11 @@ def scaled(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def split(spec: DecoderSpec, weights: Mapping[str, np.ndarray], most: int) -> Iterator[list[str]]:
+def split(spec: Spec, weights: Mapping[str, np.ndarray], most: int) -> Iterator[list[str]]:
     """Paths in the layout's order, file by file, each file of at most ``most`` bytes (or a single tensor)."""
     paths: list[str] = []
     size = 0
-    for path in layout(spec):
+    for path in form_of(spec).leaves:
         if paths and size + weights[path].nbytes > most:
             yield paths
             paths, size = [], 0
@@ -91,13 +120,14 @@ def split(spec: DecoderSpec, weights: Mapping[str, np.ndarray], most: int) -> It
 
 
 def write_shards(
-    folder: Path, spec: DecoderSpec, weights: Mapping[str, np.ndarray], shards: list[list[str]], offset: float = 0.0
+    folder: Path, spec: Spec, weights: Mapping[str, np.ndarray], shards: list[list[str]], offset: float = 0.0
 ) -> None:
     """model.safetensors, or model-00001-of-0000N.safetensors with their index. offset: what norms' scales leave out."""
     place: dict[str, str] = {}
+    names = form_of(spec).names
     for i, paths in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {foreign_name(spec, p, "hf"): foreign(p, weights[p], offset) for p in paths}
+        tensors = {names[p]: foreign(p, weights[p], offset) for p in paths}
         write_tensors(folder / name, tensors)
         place |= dict.fromkeys(tensors, name)
     if len(shards) > 1:

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl.errors import RequestError
-from jaxcl.models.export_hf import LORA, write_tensors
+from jaxcl.models.export_hf import LORA, TOKENS, Spec, form_of, write_tensors
 from jaxcl.models.export_run import weight_at
 from jaxcl.models.export_tokenizer import write_json, write_tokenizer
 from jaxcl.models.fetch import MODELS, is_hub_id
-from jaxcl.models.names import foreign_name
-from jaxcl.models.spec import DecoderSpec
 from jaxcl.models.stacking import restack
+from jaxcl.models.t5_spec import T5Spec
 
 PREFIX = "base_model.model."
 
@@ -34,7 +33,7 @@ class Adapter(NamedTuple):
 
 def write_peft(
     folder: Path,
-    spec: DecoderSpec,
+    spec: Spec,
     params: Mapping[str, Any],
     base: Mapping[str, Any],
     source: Mapping[str, Any],
@@ -47,7 +46,8 @@ def write_peft(
     """
     refuse_other_changes(params, base)
     flat = restack({k: np.asarray(v) for k, v in params.items()}, spec, spec.unstacked)[0]
-    adapters = {foreign_name(spec, s + "/kernel", "hf").removesuffix(".weight"): adapter(flat, s) for s in sites(flat)}
+    names = form_of(spec).names
+    adapters = {names[s + "/kernel"].removesuffix(".weight"): adapter(flat, s) for s in sites(flat)}
     if not adapters:
         raise RequestError("the run has no adapters; accepted: --format hf")
     tensors = {}
@@ -57,7 +57,7 @@ def write_peft(
     name, revision = base_name(source)
     write_json(folder / "adapter_config.json", adapter_config(spec, adapters, name, revision))
     write_tensors(folder / "adapter_model.safetensors", tensors)
-    notes = write_tokenizer(folder, tokenizer, spec.context)[1]
+    notes = write_tokenizer(folder, tokenizer, getattr(spec, "context", TOKENS))[1]
     if name is None:
         notes.append("the run's base has no name: give PEFT the base model yourself")
     if source.get("dequantised"):
@@ -103,7 +103,7 @@ def adapter(flat: Mapping[str, np.ndarray], site: str) -> Adapter:
 
 
 def adapter_config(
-    spec: DecoderSpec, adapters: Mapping[str, Adapter], base: str | None, revision: str | None
+    spec: Spec, adapters: Mapping[str, Adapter], base: str | None, revision: str | None
 ) -> dict[str, Any]:
     """adapter_config.json. PEFT's factor is lora_alpha / r; alpha = scale r gives back the scale to the last bit."""
     first = next(iter(adapters.values()))
@@ -111,7 +111,7 @@ def adapter_config(
     others = {m: one for m, one in adapters.items() if (len(one.a), one.scale) != (rank, first.scale)}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if isinstance(spec, T5Spec) else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
@@ -127,10 +127,11 @@ def adapter_config(
     }
 
 
-def modules(spec: DecoderSpec, names: Sequence[str]) -> list[str]:
-    """Short names (``q_proj``) where every layer has them, else the modules in full."""
+def modules(spec: Spec, names: Sequence[str]) -> list[str]:
+    """Short names (``q_proj``) where these are all modules of the model that end so, else the modules in full."""
     short = sorted({n.rpartition(".")[2] for n in names})
-    return short if len(names) == len(short) * spec.layers else sorted(names)
+    every = (name.removesuffix(".weight") for path, name in form_of(spec).names.items() if path.endswith("/kernel"))
+    return short if set(names) == {n for n in every if n.rpartition(".")[2] in short} else sorted(names)
 
 
 def pattern(module: str) -> str:

@@ -25,6 +25,7 @@ from jaxcl.core.rundir import RunDir
 from jaxcl.errors import RequestError, unknown
 from jaxcl.models import fetch
 from jaxcl.models.spec import DecoderSpec
+from jaxcl.models.t5_spec import T5Spec
 from jaxcl.registry import constructor
 
 Arrays = dict[str, np.ndarray]
@@ -43,7 +44,7 @@ class Finished(NamedTuple):
     """spec and params (numpy, the run's own paths) after ``stage``; base: the weights the run was given (single
     layers or stacked as they were); source: what config.json says of those; notes: what a user should know."""
 
-    spec: DecoderSpec
+    spec: DecoderSpec | T5Spec
     params: Arrays
     base: Mapping[str, Any]
     tokenizer: Any
@@ -63,8 +64,8 @@ def finished(run: Path, experiment: str | None = None) -> Finished:
     store = Store(run / "checkpoints")
     entry, note = last_stage(store, run)
     given = original(config, run, experiment)
-    if not isinstance(given.spec, DecoderSpec):
-        raise RequestError(f"{run} trained a {type(given.spec).__name__}; accepted: the decoder of jaxcl.models")
+    if not isinstance(given.spec, (DecoderSpec, T5Spec)):
+        raise RequestError(f"{run} trained a {type(given.spec).__name__}; accepted: jaxcl's own decoder or T5")
     meta = store.read(entry)["meta"]
     try:
         spec = journal.packed_spec(given.spec, meta)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..caches import cache_folder
 from ..errors import RequestError, unknown
 from . import download
-from .known import FILES, MODELS, WHEELS
+from .known import FILES, MODELS, ON_HUB, WHEELS
 
 if TYPE_CHECKING:
     from ..core.types import Model, Params
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SOURCES = ("hub", "wheel")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 HUB_FILES = (
-    *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "spiece.model"),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
 """What `load` reads of a repository on the hub."""
@@ -78,13 +78,14 @@ def find(name: str) -> Path | None:
 
 
 def load(name_or_path: str, *, offline: bool = False) -> tuple[Model, Params, Tokenizer, dict[str, Any]]:
-    """(model, parameters in float32, tokenizer, info) of a registered model, a .gguf file, a Hugging Face folder, or
-    ``owner/name`` or ``owner/name@revision`` on the hub.
+    """(model, parameters in float32, tokenizer, info) of a registered model, a .gguf file, a Hugging Face folder, a
+    short name of one on the hub (`known.ON_HUB`), or ``owner/name`` or ``owner/name@revision`` there.
 
     info: model (what `load` takes to give the same again), source, sha256 {file: hash}, dequantised (whether the
     weights had been quantised). Raises RequestError on an unknown name, damaged files, another architecture, and
     where the hub cannot be reached.
     """
+    name_or_path = ON_HUB.get(name_or_path, name_or_path)
     path, again = Path(name_or_path).expanduser(), name_or_path
     if name_or_path in MODELS:
         path = find(name_or_path) or fetch(name_or_path, offline=offline)
@@ -95,7 +96,7 @@ def load(name_or_path: str, *, offline: bool = False) -> tuple[Model, Params, To
         path, again = _from_hub(name_or_path, offline)
         where = again
     else:
-        raise unknown("model", name_or_path, MODELS)
+        raise unknown("model", name_or_path, [*MODELS, *ON_HUB])
     model, params, words, info = _read(path, where)
     return model, params, words, {"model": again, **info}
 
@@ -120,6 +121,8 @@ def _read(path: Path, where: str) -> tuple[Model, Params, Tokenizer, dict[str, A
 
     from . import gguf_file, safetensors_file, tokenizer
     from .decoder import decoder
+    from .t5 import t5
+    from .t5_spec import T5Spec
 
     ggufs = [path] if path.is_file() and path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if ggufs:
@@ -134,7 +137,8 @@ def _read(path: Path, where: str) -> tuple[Model, Params, Tokenizer, dict[str, A
         raise RequestError(f"{path}: {words.vocab_size} tokens but an embedding of {weights.spec.vocab} rows")
     info = {"source": where, "sha256": {f.name: sha256(f) for f in files}, "dequantised": weights.dequantised}
     params = {key: jnp.asarray(value, jnp.float32) for key, value in weights.params.items()}
-    return decoder(weights.spec), params, words, info
+    made = t5(weights.spec) if isinstance(weights.spec, T5Spec) else decoder(weights.spec)
+    return made, params, words, info
 
 
 def folder(name: str, source: str) -> Path:

@@ -56,20 +56,24 @@ class SiteFlow:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Flow(SiteFlow):
-    """A decoder's: what attention needs beside. rope: cos and sin of the block's positions. block: bool [B,T,T], who
-    sees whom inside the block.
-
-    past: bool [B,T,S], who sees which cache slot, or None. slots: i32[B,T], where new keys go (``size`` is
-    nowhere), or None without a cache. mode: what happens to the cache, see `jaxcl.models.cache`.
+class CacheFlow(SiteFlow):
+    """What attention needs beside, of any architecture. block: bool [B,T,T], who sees whom inside the block. past: bool
+    [B,T,S], who sees which cache slot, or None. slots: i32[B,T], where new keys go (``size`` is nowhere), or None
+    without a cache. mode: what happens to the cache, see `jaxcl.models.cache`.
     """
 
-    rope: Rope
     block: jax.Array
     past: jax.Array | None = None
     slots: jax.Array | None = None
     mode: str | None = None
     size: int = 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Flow(CacheFlow):
+    """A decoder's. rope: cos and sin of the block's positions."""
+
+    rope: Rope
 
     def local(self, rope: Rope, positions: jax.Array, window: int) -> Flow:
         """The same for layers that see the last ``window`` tokens only, the token itself included.

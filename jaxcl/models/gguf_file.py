@@ -11,14 +11,13 @@ from ..errors import RequestError
 from .gguf_header import Tensor, read_header
 from .gguf_spec import ROPE_FACTORS, read_spec
 from .names import is_flipped, match
-from .spec import DecoderSpec
 
 
 class Weights(NamedTuple):
     """What a weight file gives: spec, parameters (numpy, unstacked, [in, out]), the file's own metadata, and
     whether numbers were stored in fewer bits than float16 or bfloat16 and had to be de-quantised."""
 
-    spec: DecoderSpec
+    spec: Any
     params: dict[str, np.ndarray]
     fields: dict[str, Any]
     dequantised: bool

@@ -77,7 +77,7 @@ def spec_from_hf(config: Config, where: str | Path = "config.json") -> DecoderSp
         config = {"model_type": "gemma3_text", **config["text_config"]}
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(map(repr, (*FAMILIES, "gemma3")))
+        known = ", ".join(map(repr, (*FAMILIES, "gemma3", "t5")))
         raise RequestError(f"{where}: model_type is {shown(kind)}; accepted: {known}")
     return _Reader(kind, config, where).spec()
 

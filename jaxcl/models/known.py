@@ -37,6 +37,25 @@ MODELS = {
         "weights trained from them, from you.",
     ),
 }
+ON_HUB = {
+    "t5-small": "google-t5/t5-small",
+    "t5-base": "google-t5/t5-base",
+    "t5-large": "google-t5/t5-large",
+    "t5-3b": "google-t5/t5-3b",
+}
+"""{short name: repository on the hub} of models whose weights are taken as they are there, under no pinned hash."""
+T5: dict[str, dict[str, int | bool]] = {
+    "google-t5/t5-small": {"width": 512, "mlp": 2048, "layers": 6, "heads": 8},
+    "google-t5/t5-base": {"width": 768, "mlp": 3072, "layers": 12, "heads": 12},
+    "google-t5/t5-large": {"width": 1024, "mlp": 4096, "layers": 24, "heads": 16},
+    "google-t5/t5-3b": {"width": 1024, "mlp": 16384, "layers": 24, "heads": 32, "head_dim": 128},
+    "google/t5-v1_1-small": {"width": 512, "mlp": 1024, "layers": 8, "heads": 6, "gated": True, "tied": False},
+    "google/t5-v1_1-base": {"width": 768, "mlp": 2048, "layers": 12, "heads": 12, "gated": True, "tied": False},
+    "google/t5-v1_1-large": {"width": 1024, "mlp": 2816, "layers": 24, "heads": 16, "gated": True, "tied": False},
+    "google/t5-v1_1-xl": {"width": 2048, "mlp": 5120, "layers": 24, "heads": 32, "gated": True, "tied": False},
+}
+"""Sizes of T5 as its public config.json files have them; head_dim 64 and 32128 rows of vocabulary where not said
+otherwise. For what needs shapes alone; weights bring their own config."""
 FILES: dict[str, dict[str, dict[str, str]]] = {
     "smollm2-135m-instruct": {
         "hub": {

@@ -60,7 +60,13 @@ def match(spec: DecoderSpec, shapes: Mapping[str, tuple[int, ...]], style: Forma
     if spec.layers > len(shapes):  # before a table of them is made
         raise RequestError(f"{where}: {len(shapes)} tensors cannot be {spec.layers} layers, as its config says")
     leaves = layout(spec)
-    table = {path: foreign_name(spec, path, style) for path in leaves}
+    return matched(leaves, {path: foreign_name(spec, path, style) for path in leaves}, shapes, where)
+
+
+def matched(
+    leaves: Mapping[str, Leaf], table: dict[str, str], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> dict[str, str]:
+    """``table``, {our path: name in the file}, where a file's {name: shape} are exactly its tensors; see `match`."""
     missing = [path for path, name in table.items() if name not in shapes]
     known = set(table.values())
     unexpected = [name for name in shapes if name not in known]

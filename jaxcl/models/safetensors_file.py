@@ -1,7 +1,8 @@
-"""A Hugging Face checkpoint of a Llama-type model (config.json and safetensors) as spec and parameters."""
+"""A Hugging Face checkpoint (config.json and safetensors) of a Llama-type model or a T5 as spec and parameters."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from ..core.files import read_bytes
 from ..errors import RequestError
 from .gguf_file import Weights
 from .hf_config import norm_offset, spec_from_hf, text_tensors
-from .names import is_flipped, match
+from .names import is_flipped, match, matched
+from .spec import DecoderSpec
+from .t5_hf import names_of, own_head, parameters, t5_spec
+from .t5_spec import T5Spec
+from .t5_spec import layout as t5_layout
 
 MAX_JSON = 64 << 20
 
@@ -25,17 +30,23 @@ def read_safetensors(path: Path) -> Weights:
     """
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json")
-    spec = spec_from_hf(config, folder / "config.json")
+    reading = t5_spec if config.get("model_type") == "t5" else spec_from_hf
+    spec: T5Spec | DecoderSpec = reading(config, folder / "config.json")
     found: dict[str, np.ndarray] = {}
     for file, promised in weight_files(path).items():
         values = _tensors(file)
         if promised is not None:
             _check_shard(file, set(values), promised)
         found |= values
-    found = text_tensors(config, found)
-    if spec.tied:
-        found.pop("lm_head.weight", None)  # some writers store the tied head once more
-    table = match(spec, {name: value.shape for name, value in found.items()}, "hf", str(path))
+    if isinstance(spec, T5Spec):
+        spec = dataclasses.replace(spec, tied=not own_head(found))
+        found = parameters(spec, found)
+        table = matched(t5_layout(spec), names_of(spec), {k: v.shape for k, v in found.items()}, str(path))
+    else:
+        found = text_tensors(config, found)
+        if spec.tied:
+            found.pop("lm_head.weight", None)  # some writers store the tied head once more
+        table = match(spec, {name: value.shape for name, value in found.items()}, "hf", str(path))
     params = {ours: found[name].T if is_flipped(ours) else found[name] for ours, name in table.items()}
     if offset := norm_offset(config):
         params |= {k: v.astype(np.float32) + np.float32(offset) for k, v in params.items() if k.endswith("/scale")}

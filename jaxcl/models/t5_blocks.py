@@ -13,26 +13,20 @@ from flax import nnx
 from .attention import Part, attend
 from .blocks import ACTIVATIONS, Dense, GatedMLP, RMSNorm, View, below
 from .cache import Cache, Written, write
-from .flow import SiteFlow
+from .flow import CacheFlow, SiteFlow
 from .t5_spec import T5Spec
 
 
 @dataclasses.dataclass(kw_only=True)
-class T5Flow(SiteFlow):
-    """What the layers of a stack need beside their input. block: bool [B,T,T], who sees whom; bias: f32[B or 1,H,T,T].
-
-    past, past_bias: [B,T,S] and [B,H,T,S], the same for cache slots, or None; slots, mode, size: see
-    `jaxcl.models.flow.Flow`. source: [B,M,D], what the encoder made; None in the encoder itself and where a cache holds
-    its keys and values. reads: bool [B,T,M], who sees which of it, None in the encoder.
+class T5Flow(CacheFlow):
+    """What the layers of a stack need beside their input. bias: f32[B or 1,H,T,T] of relative positions inside the
+    block, past_bias f32[B,H,T,S] to the cache's slots, or None. source: [B,M,D], what the encoder made; None in the
+    encoder itself and where a cache holds its keys and values. reads: bool [B,T,M], who sees which of it, None in the
+    encoder.
     """
 
-    block: jax.Array
     bias: jax.Array
-    past: jax.Array | None = None
     past_bias: jax.Array | None = None
-    slots: jax.Array | None = None
-    mode: str | None = None
-    size: int = 0
     source: jax.Array | None = None
     reads: jax.Array | None = None
 

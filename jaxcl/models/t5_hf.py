@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RequestError, shown
-from .t5_spec import SIDES, T5Spec, layout
+from .t5_spec import T5Spec, layout
 
 Config = Mapping[str, Any]
 SIZES = {
@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple] = {
 }
 """{key: the values that we build}"""
 TOP = {"embed/kernel": "shared.weight", "head/kernel": "lm_head.weight"}
-ATTENTION = {"encoder": (("attn", "SelfAttention"),), "decoder": (("attn", "SelfAttention"), ("cross", "EncDecAttention"))}
+ATTENTION = {"encoder": ("SelfAttention",), "decoder": ("SelfAttention", "EncDecAttention")}
 COPIES = (
     *("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),  # the shared table once more
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",  # of old files, which nothing reads
@@ -43,8 +43,8 @@ COPIES = (
 def t5_spec(config: Config, where: str | Path = "config.json") -> T5Spec:
     """The spec of a T5's config.json. Whether the head is the embedding is left to the weights: `own_head`.
 
-    ``tie_word_embeddings`` says whether the head's input is scaled (transformers 4 and 5), ``scale_decoder_outputs`` too
-    (5). Raises RequestError with the key, its value and what is accepted, where it asks for what is not built.
+    ``tie_word_embeddings`` says whether the head's input is scaled (transformers 4 and 5), as ``scale_decoder_outputs``
+    does (5). Raises RequestError with the key, its value and what is accepted, where it asks for what is not built.
     """
 
     def wrong(name: str, accepted: str) -> RequestError:
@@ -117,7 +117,7 @@ def foreign_name(spec: T5Spec, path: str) -> str:
         name = {"mlp/gate": "wi_0", "mlp/up": "wi_1" if spec.gated else "wi", "mlp/down": "wo"}.get(site)
         return f"{side}.block.{number}.layer.{last}." + (f"DenseReluDense.{name}" if name else "layer_norm") + ".weight"
     crossed = site.startswith("cross/")
-    kind = ATTENTION[side][crossed][1]
+    kind = ATTENTION[side][crossed]
     name = site.removeprefix("cross/").removeprefix("attn").lstrip("/")
     end = "layer_norm" if name == "_norm" else f"{kind}.{name}"
     return f"{side}.block.{number}.layer.{int(crossed)}.{end}.weight"
@@ -142,6 +142,3 @@ def parameters(spec: T5Spec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.
 def names_of(spec: T5Spec) -> dict[str, str]:
     """{our path: name in a file} of all parameters."""
     return {path: foreign_name(spec, path) for path in layout(spec)}
-
-
-assert set(ATTENTION) == set(SIDES)

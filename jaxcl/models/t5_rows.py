@@ -21,8 +21,8 @@ from ..core.types import Batch
 from ..errors import RequestError
 
 PLAIN = (
-    "T5 reads rows of a prompt and an answer, plain text has no source; accepted: rows with targets, such as text whose "
-    "spans are cut out (jaxcl.data.span_corruption)"
+    "T5 reads rows of a prompt and an answer, plain text has no source; accepted: rows with targets, such as text with "
+    "spans cut out (jaxcl.data.span_corruption)"
 )
 
 

@@ -108,7 +108,7 @@ def layout(spec: T5Spec) -> dict[str, Leaf]:
 
 
 def _layer(spec: T5Spec, crossed: bool) -> dict[str, Leaf]:
-    """{path below ``layers/{i}``: Leaf}. Attention to the source is ``cross/attn``, so that the pattern ``attn/q`` names
+    """{path below ``layers/{i}``: Leaf}. Attention to the source is ``cross/attn``, so that a pattern ``attn/q`` names
     the queries of every attention."""
     d, inner, s = spec.width, spec.heads * spec.head_dim, spec.init_scale
     attention = {

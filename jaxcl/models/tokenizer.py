@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes for small models, BPE from a GGUF vocabulary or tokenizer.json."""
+"""Text to token ids and back: bytes for small models, BPE from a GGUF vocabulary, any tokenizer.json, T5's pieces."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import RequestError
-from . import byte_bpe, spm
+from ..errors import RequestError, shown
+from . import byte_bpe, spm, unigram
 from .safetensors_file import read_json
 
 Message = Mapping[str, str]
@@ -56,6 +56,7 @@ class BPETokenizer:
         self.backend, self.eos_id, self.pad_id = backend, eos_id, pad_id
         self.template = template if isinstance(template, str) else None
         self.names = {"bos_token": bos, "eos_token": eos}
+        self.lossy = type(backend.model).__name__ == "Unigram"
         added = backend.encode("", add_special_tokens=True).ids
         self.start: tuple[int, ...] = tuple(added[:1]) if bos and added[:1] == [backend.token_to_id(bos)] else ()
 
@@ -68,6 +69,11 @@ class BPETokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode([int(i) for i in ids])
+
+    def beginning(self, text: str, n: int) -> str:
+        """The part of a text that its first ``n`` tokens stand for, as it was written; for tokenizers that are
+        ``lossy``: their tokens do not give back every space."""
+        return text[: self.backend.encode(text, add_special_tokens=False).offsets[n - 1][1]] if n else ""
 
     def chat(self, messages: Sequence[Message]) -> str:
         """Rendered by Jinja in a sandbox: a template comes from a file and may not reach out of its strings."""
@@ -123,10 +129,14 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> BPETokenizer:
 
 
 def from_folder(folder: Path) -> BPETokenizer:
-    """tokenizer.json, with the special tokens and template of tokenizer_config.json, of a Hugging Face model."""
+    """tokenizer.json, with the special tokens and template of tokenizer_config.json, of a Hugging Face model; where
+    there is none, the spiece.model of a T5."""
     from tokenizers import Tokenizer as Backend
 
-    file, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
+    file, pieces = folder / "tokenizer.json", folder / "spiece.model"
+    if pieces.exists() and not file.exists():
+        return _from_pieces(pieces)
+    config = read_json(folder / "tokenizer_config.json")
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the Rust side raises plain Exception
@@ -142,6 +152,19 @@ def from_folder(folder: Path) -> BPETokenizer:
     return BPETokenizer(
         backend, eos_id=eos, pad_id=eos if pad is None else pad, template=template, bos=names["bos"], eos=names["eos"]
     )
+
+
+def _from_pieces(file: Path) -> BPETokenizer:
+    beside = file.parent / "tokenizer_config.json"
+    config = read_json(beside) if beside.exists() else {}
+    sentinels = config.get("extra_ids", 100)
+    if not isinstance(sentinels, int) or not 0 <= sentinels <= 10_000:
+        raise RequestError(f"{beside}: extra_ids is {shown(sentinels)}; accepted: 0 to 10000")
+    backend = unigram.backend(file, sentinels)
+    eos, pad = (backend.token_to_id(name) for name in (unigram.EOS, unigram.PAD))
+    if eos is None:
+        raise RequestError(f"{file}: no piece {unigram.EOS!r}; accepted: the pieces of a T5")
+    return BPETokenizer(backend, eos_id=eos, pad_id=eos if pad is None else pad, eos=unigram.EOS)
 
 
 def _content(token: Any) -> str:

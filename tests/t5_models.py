@@ -1,0 +1,88 @@
+"""Small T5s under Hugging Face's names, rows for them, and a Unigram tokenizer: what the tests of T5 share."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcl.models.t5 import apply, head
+from jaxcl.models.t5_spec import T5Spec
+
+VOCAB, BUCKETS, DISTANCE = 60, 8, 20
+SIZES = {"vocab": VOCAB, "width": 24, "layers": 2, "heads": 3, "head_dim": 8, "mlp": 40}
+SPECS = {
+    "v1.0": T5Spec(**SIZES, buckets=BUCKETS, distance=DISTANCE),
+    "v1.1": T5Spec(**SIZES, buckets=BUCKETS, distance=DISTANCE, gated=True, tied=False),
+}
+SOURCES, TARGETS, WINDOW, MOST = (17, 9, 30), (6, 3, 5), 40, 6
+STACK = ((("block",), 2),)
+
+whole = jax.jit(apply, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(spec: T5Spec, params: dict, hidden: Any, at: Any) -> jax.Array:
+    return head(spec, params, hidden, at)
+
+
+def texts(seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """(source, target) ids of three rows."""
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(2, VOCAB, a).tolist(), rng.integers(2, VOCAB, b).tolist()) for a, b in zip(SOURCES, TARGETS)]
+
+
+def batch(rows: list[tuple[list[int], list[int]]], window: int = WINDOW, k: int = MOST) -> dict[str, np.ndarray]:
+    """The rows as `jaxcl.data.encode.encode` writes them."""
+    shape = (len(rows), window)
+    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    at = np.zeros((len(rows), k), np.int32)
+    for i, (source, target) in enumerate(rows):
+        n = len(source) + len(target)
+        tokens[i, :n], segments[i, :n] = [*source, *target], 1
+        at[i, : len(target)] = np.arange(len(source), n)
+    positions = np.tile(np.arange(window, dtype=np.int32), (len(rows), 1)) * segments
+    return {"tokens": tokens, "segments": segments, "positions": positions, "targets_at": at}
+
+
+def prompts(rows: list[tuple[list[int], list[int]]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(sources i32[B,width], their lengths)."""
+    out = np.zeros((len(rows), width), np.int32)
+    for line, (source, _) in zip(out, rows):
+        line[: len(source)] = source
+    return out, np.array([len(s) for s, _ in rows], np.int32)
+
+
+def unigram() -> Any:
+    """A `tokenizers` Unigram in the form of T5's tokenizer.json: pad, eos, unk first, sentinels last."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Tokenizer(models.Unigram())
+    space = {"replacement": "\u2581", "prepend_scheme": "always"}
+    words = pre_tokenizers.Metaspace(**space)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    backend.decoder = decoders.Metaspace(**space)
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False)
+    sentences = ["the cat sat on the mat", "a dog and a cat; the hat", "answer: yes or no?"]
+    backend.train_from_iterator(sentences * 20, trainer)
+    sentinels = [AddedToken(f"<extra_id_{i}>", normalized=False, special=True) for i in reversed(range(10))]
+    backend.add_special_tokens(sentinels)
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return backend
+
+
+def write_base(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    """A Hugging Face folder: config.json, model.safetensors, a Unigram's tokenizer.json."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / "model.safetensors")
+    unigram().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
+    return folder

@@ -1,0 +1,110 @@
+"""Every method on a tiny T5: it trains two stages, or is refused in one line before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from support import experiment, run, to_numpy, weights
+from test_methods_common import DECAY, ROWS
+
+from jaxcl.core.between import Between
+from jaxcl.core.view import View
+from jaxcl.data.stage import instruct_source
+from jaxcl.errors import RequestError
+from jaxcl.evaluate.base import Eval
+from jaxcl.evaluate.generation import exact_match
+from jaxcl.evaluate.nll import text_nll
+from jaxcl.evaluate.ranking import label_ranking
+from jaxcl.models.t5 import t5
+from jaxcl.models.t5_spec import T5Spec, tiny_t5
+from jaxcl.models.tokenizer import ByteTokenizer
+
+pytestmark = pytest.mark.usefixtures("quick")
+SPEC = T5Spec(vocab=32, width=16, layers=1, heads=2, head_dim=8, mlp=32, gated=True, tied=False)
+REFUSED = {
+    "generative replay": "a model with an encoder does not write prompts",
+    "lamol": "a model with an encoder does not write prompts",
+    "llama_pro": "the layers of a T5Spec cannot be copied",
+    "grace": "T5Spec has none",
+    "elle": "elle cannot grow a T5Spec",
+}
+QUICK = ("olora", "replay", "ewc", "grpo")
+TRAINED = [name for name in ROWS if name not in REFUSED]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_t5_cannot_do_is_refused_before_the_first_step(name):
+    between = Between(experiment([make_smaller(name)], spec=SPEC), lambda: None)
+    with pytest.raises(RequestError, match=REFUSED[name]):
+        between.begin(0)
+
+
+def make_smaller(name: str):
+    """The method of the table; LLaMA Pro for a single layer."""
+    from jaxcl.methods.llama_pro import llama_pro
+
+    return llama_pro(groups=1) if name == "llama_pro" else ROWS[name]()
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED])
+def test_two_stages_of_every_other_method(name, tmp_path):
+    done = run([ROWS[name]()], tmp_path / "out", n=2, spec=SPEC, tx=DECAY)
+    assert np.isfinite(done.losses()).all() and done.losses().size >= 4
+    assert done.compilations == len({record["phase"] for record in done.log})
+    start, free = to_numpy(weights(SPEC)), done.loop.now.world.trained
+    assert any(not np.array_equal(done.params[k], start.get(k)) for k in free)
+    if "lora" not in name:
+        return
+    sites = {k.removesuffix("/lora_a") for k in free if k.endswith("/lora_a")}
+    stacks = ("encoder/layers/0/attn", "decoder/layers/0/attn", "decoder/layers/0/cross/attn")
+    assert sites == {f"{at}/{n}" for at in stacks for n in "qv"}, "q and v of all attentions"
+    if name != "lora merged":
+        assert all(np.array_equal(done.params[k], v) for k, v in start.items()), "the base is as it was"
+
+
+@pytest.mark.slow
+def test_stacked_layers_train_as_single_ones(tmp_path):
+    spec = dataclasses.replace(SPEC, layers=2)
+    stacked = dataclasses.replace(spec, segments=((("block",), 2),))
+    runs = [run([ROWS["olora"]()], tmp_path / str(i), n=2, spec=s, tx=DECAY) for i, s in enumerate((spec, stacked))]
+    assert any("/0:2:1/" in k for k in runs[1].params)
+    np.testing.assert_allclose(runs[0].losses(), runs[1].losses(), rtol=2e-5)
+
+
+ITEMS = [
+    {"id": str(i), "task": "t", "instruction": "Say it: ", "input": "abcdefgh"[i % 8] * (1 + i % 5), "target": word,
+     "labels": ["yes", "no"]}
+    for i, word in enumerate(["yes", "no", "no"])
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def view(quick) -> View:
+    spec = tiny_t5(layers=1, width=16, heads=2)
+    model = t5(spec)
+    made = View(model)
+    return made.at(spec, weights(spec), {}, {}, made.clock)
+
+
+def test_evaluators_ask_what_training_sees(view):
+    """The ranking's best label is the one with the smallest nll as a training row; exact match writes an answer."""
+    words = ByteTokenizer()
+    ranking = label_ranking("r", ITEMS, words, window=48, batch_size=4)
+    found = ranking.run(view, lambda done, total: None)
+    for item, row in zip(found, ITEMS, strict=True):
+        sums = {}
+        for label in row["labels"]:
+            source = instruct_source("s", [row | {"target": label}], words, window=48, k=6)
+            one = {k: v[None] for k, v in source[0].items() if k != "row"}
+            sums[label] = float(t5(view.spec).apply(view.spec, view.params, one).nll.sum())
+        assert item["prediction"] == min(sums, key=sums.__getitem__)
+    written: Eval = exact_match("e", ITEMS, words, window=48, batch_size=4)
+    assert len(written.run(view, lambda done, total: None)) == 3
+
+
+def test_held_out_plain_text_is_refused_in_one_line(view):
+    plain = text_nll("n", [{"id": "1", "text": "some text"}], ByteTokenizer(), window=16)
+    with pytest.raises(RequestError, match="plain text has no source"):
+        plain.run(view, lambda done, total: None)
