@@ -70,7 +70,7 @@ def test_files_of_others(tmp_path):
     more["lm_head.weight"] = tensors["shared.weight"]
     more["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.zeros((8, 3), np.float32)
     base = write_base(tmp_path / "base", t5_config(spec), tensors | more)
-    model, params, words, info = fetch.load(str(base))
+    model, params, words, _ = fetch.load(str(base))
     assert model.spec == spec and params["embed/kernel"].shape == (60, 24)
     assert all(np.array_equal(params[k], v) for k, v in drawn.items())
     assert isinstance(words, BPETokenizer) and words.eos_id == 1 and words.pad_id == 0 and words.start == ()
@@ -179,5 +179,5 @@ def test_rows_of_corrupted_text():
 @pytest.mark.parametrize("wrong", [{"share": 0.0}, {"span": 0.5}, {"window": 4}, {"window": 2000}, {"documents": []}])
 def test_spans_that_cannot_be(wrong):
     given = {"documents": ["some text"] * 200, "window": 64, **wrong}
-    with pytest.raises(RequestError, match="accepted|no training rows"):
+    with pytest.raises(RequestError, match=r"accepted|no training rows"):
         corrupted_source("s", given.pop("documents"), ByteTokenizer(), **given)

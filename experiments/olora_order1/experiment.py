@@ -4,6 +4,8 @@ Run one of five methods on the same rows and the same LoRA sites (q and v), for 
 
     jaxcl run olora_order1 --set method=olora
     jaxcl run olora_order1 --set method=joint --set rows=640
+
+`olora_t5_large` is the same on T5-large with the reference's settings.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from jaxcl.methods.lora import lora
 from jaxcl.methods.olora import olora
 from jaxcl.methods.replay import replay
 from jaxcl.models.fetch import load
+from jaxcl.models.stacking import restack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,10 @@ class Config:
     general: int | None = None  # rows of each set of general ability (`jaxcl.evaluate.general`), null: not measured
     template: str = "plain"
     prefix: bool = False  # the reference's Task:/Dataset: lines, which leak the task's identity
+    by: str = "ranking"  # or generation: exact match of what the model writes, the reference's
+    eval_batch: int = 8
     batch_size: int = 8
+    accumulate: int = 1  # micro-batches of a step
     epochs: float = 1.0
     learning_rate: float = 1e-3  # the reference's, constant
     rank: int = 8
@@ -54,6 +60,8 @@ class Config:
     ewc_strength: float = 400.0
     ewc_rows: int = 64
     dtype: str = "float32"
+    remat: str = "none"
+    stacked: bool = False  # all layers under one key: a deep model compiles as fast as a shallow one
     seed: int = 0
     mesh: dict[str, int] | None = None
     save_every: int = 50
@@ -85,9 +93,12 @@ def build(cfg: Config) -> Experiment:
     chosen = methods(cfg)
     data = os.environ.get("JAXCL_DATA")
     model, params, tokenizer, source = load(cfg.model)
-    model = model._replace(spec=dataclasses.replace(model.spec, dtype=cfg.dtype))
+    model = model._replace(spec=dataclasses.replace(model.spec, dtype=cfg.dtype, remat=cfg.remat))
+    if cfg.stacked:
+        params, spec = restack(params, model.spec, ((("block",), model.spec.layers),))
+        model = model._replace(spec=spec)
     shared = {"window": cfg.window, "template": cfg.template, "prefix": cfg.prefix, "seed": cfg.seed}
-    evals = olora_evals(cfg.order, data, tokenizer, rows=cfg.test_rows, batch_size=8, **shared)
+    evals = olora_evals(cfg.order, data, tokenizer, rows=cfg.test_rows, batch_size=cfg.eval_batch, by=cfg.by, **shared)
     if cfg.general is not None:
         evals += general_suite(data, tokenizer, rows=cfg.general, seed=cfg.seed)
     return Experiment(
@@ -99,6 +110,7 @@ def build(cfg: Config) -> Experiment:
         methods=chosen,
         tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(cfg.learning_rate, weight_decay=0.0)),
         batch_size=cfg.batch_size,
+        accumulate=cfg.accumulate,
         epochs=cfg.epochs,
         seed=cfg.seed,
         mesh=cfg.mesh,

@@ -19,7 +19,10 @@ from jaxcl.data.encode import Example, encode
 from jaxcl.data.stage import Stage
 from jaxcl.errors import RequestError, unknown
 from jaxcl.models.decoder import decoder
+from jaxcl.models.known import ON_HUB, T5
 from jaxcl.models.spec import DecoderSpec, RopeScaling, tiny
+from jaxcl.models.t5 import t5
+from jaxcl.models.t5_spec import T5Spec
 from jaxcl.registry import METHODS, constructor
 
 LLAMA3: dict[str, Any] = {
@@ -63,11 +66,16 @@ class Config:
     seed: int = 0
 
 
-def spec_of(cfg: Config) -> DecoderSpec:
+def spec_of(cfg: Config) -> DecoderSpec | T5Spec:
     """The model's sizes, its layers in one stack. RequestError on an unknown model."""
+    kinds: dict[str, Any] = {"dtype": cfg.compute, "param_dtype": cfg.base, "remat": cfg.remat}
+    kinds["nll_chunk"] = cfg.batch_size * 128
+    name = ON_HUB.get(cfg.model, cfg.model)
+    if name in T5:
+        sizes = {"vocab": 32128, "head_dim": 64, **T5[name]}
+        return T5Spec(**sizes, **kinds, segments=((("block",), sizes["layers"]),))
     if cfg.model not in MODELS:
-        raise unknown("model", cfg.model, MODELS, where="--set model")
-    kinds = {"dtype": cfg.compute, "param_dtype": cfg.base, "remat": cfg.remat, "nll_chunk": cfg.batch_size * 128}
+        raise unknown("model", cfg.model, [*MODELS, *ON_HUB, *T5], where="--set model")
     sizes = MODELS[cfg.model]
     spec = DecoderSpec(**sizes, **kinds) if sizes else tiny(**kinds)
     return dataclasses.replace(spec, segments=((("block",), spec.layers),))
@@ -104,7 +112,8 @@ def build(cfg: Config) -> Experiment:
         raise RequestError(f"{cfg.method!r} is an optimizer's transform; accepted: a method (jaxcl list methods)")
     if not 1 <= (cfg.targets or 1) < cfg.window:
         raise RequestError(f"targets={cfg.targets}: accepted: 1 to {cfg.window - 1}, below the window, or null")
-    model = decoder(spec_of(cfg))
+    spec = spec_of(cfg)
+    model = t5(spec) if isinstance(spec, T5Spec) else decoder(spec)
     return Experiment(
         model=model,
         params=model.init(model.spec, jax.random.key(cfg.seed)),

@@ -31,6 +31,7 @@ from jaxcl.plan.traffic import traffic
 
 MODULE = "train_step"
 """In the name of the step's module."""
+CROSS = ("cross/attn/k/kernel", "cross/attn/v/kernel")  # of a T5's decoder: they read the source
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 FORMULAS = {
     "compute_s": "flops.per_chip / peak.flops",
@@ -183,7 +184,8 @@ def work_of(drawn: Draft, total: int, devices: int) -> dict[str, int]:
     for path, leaf in params.items():
         if not path.endswith("/kernel") or (path == "embed/kernel" and "head/kernel" in params):
             continue
-        tokens = batch["targets"] if path in ("embed/kernel", "head/kernel") else batch["tokens"]
+        written = path.startswith("decoder/") and not path.endswith(CROSS)
+        tokens = batch["targets" if written or path in ("embed/kernel", "head/kernel") else "tokens"]
         useful += (6 if path in drawn.state.train else 4) * leaf.size * tokens
     return {"step": total, "per_chip": total // devices, "useful": useful}
 
