@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcl.models.t5 import apply, head
+from jaxcl.models.t5 import apply, head, init
 from jaxcl.models.t5_spec import T5Spec
 
 VOCAB, BUCKETS, DISTANCE = 60, 8, 20
@@ -23,6 +23,7 @@ SOURCES, TARGETS, WINDOW, MOST = (17, 9, 30), (6, 3, 5), 40, 6
 STACK = ((("block",), 2),)
 
 whole = jax.jit(apply, static_argnums=0)
+drawn = jax.jit(init, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

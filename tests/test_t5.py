@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from t5_models import MOST, SPECS, STACK, WINDOW, batch, logits, prompts, texts, whole
+from t5_models import MOST, SPECS, STACK, WINDOW, batch, drawn, logits, prompts, texts, whole
 
 from jaxcl.core.types import Outputs
 from jaxcl.data.packing import merge
@@ -18,7 +18,7 @@ from jaxcl.errors import RequestError
 from jaxcl.models.cache import extend, prefill
 from jaxcl.models.generate import generate
 from jaxcl.models.stacking import restack
-from jaxcl.models.t5 import apply, head, t5
+from jaxcl.models.t5 import apply, head
 from jaxcl.models.t5_positions import bucket_of, bucket_table
 from jaxcl.models.t5_rows import sides
 from jaxcl.models.t5_spec import T5Spec, axes, layout, tap_names, tiny_t5
@@ -29,7 +29,7 @@ SPEC = SPECS["v1.1"]
 
 @pytest.fixture(scope="module")
 def params() -> dict[str, jax.Array]:
-    return t5(SPEC).init(SPEC, jax.random.key(0))
+    return drawn(SPEC, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

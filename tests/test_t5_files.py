@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from t5_models import SPECS, unigram, write_base
+from t5_models import SPECS, drawn, unigram, write_base
 
 from jaxcl.data.encode import fit_prompt
 from jaxcl.data.span_corruption import corrupted, corrupted_source, counts, noise_mask
@@ -20,7 +20,6 @@ from jaxcl.models import fetch
 from jaxcl.models.export_hf import write_hf
 from jaxcl.models.known import ON_HUB, T5
 from jaxcl.models.safetensors_file import read_safetensors
-from jaxcl.models.t5 import t5
 from jaxcl.models.t5_hf import foreign_name, t5_config, t5_spec
 from jaxcl.models.t5_spec import T5Spec, layout
 from jaxcl.models.tokenizer import BPETokenizer, ByteTokenizer, from_folder
@@ -31,7 +30,7 @@ SPEC = SPECS["v1.1"]
 @pytest.mark.parametrize("kind", SPECS)
 def test_written_and_read_again_without_a_changed_number(kind, tmp_path):
     spec = SPECS[kind]
-    params = {k: np.asarray(v) for k, v in t5(spec).init(spec, jax.random.key(0)).items()}
+    params = {k: np.asarray(v) for k, v in drawn(spec, jax.random.key(0)).items()}
     assert write_hf(tmp_path, spec, params, None)
     found = read_safetensors(tmp_path)
     assert found.spec == spec
@@ -63,16 +62,16 @@ def test_a_config_is_read_or_refused_by_key():
 def test_files_of_others(tmp_path):
     """Copies of the embedding and a bias that nothing reads are passed over; another tensor is not."""
     spec = SPECS["v1.0"]
-    drawn = t5(spec).init(spec, jax.random.key(0))
-    flipped = {k: v.T if k.endswith("/kernel") and k != "embed/kernel" else v for k, v in drawn.items()}
-    tensors = {foreign_name(spec, k): np.asarray(v) for k, v in flipped.items()}
+    given = {k: np.asarray(v) for k, v in drawn(spec, jax.random.key(0)).items()}
+    flipped = {k: v.T if k.endswith("/kernel") and k != "embed/kernel" else v for k, v in given.items()}
+    tensors = {foreign_name(spec, k): v for k, v in flipped.items()}
     more = {f"{side}.embed_tokens.weight": tensors["shared.weight"] for side in ("encoder", "decoder")}
     more["lm_head.weight"] = tensors["shared.weight"]
     more["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.zeros((8, 3), np.float32)
     base = write_base(tmp_path / "base", t5_config(spec), tensors | more)
     model, params, words, _ = fetch.load(str(base))
     assert model.spec == spec and params["embed/kernel"].shape == (60, 24)
-    assert all(np.array_equal(params[k], v) for k, v in drawn.items())
+    assert all(np.array_equal(params[k], v) for k, v in given.items())
     assert isinstance(words, BPETokenizer) and words.eos_id == 1 and words.pad_id == 0 and words.start == ()
     write_base(tmp_path / "odd", t5_config(spec), tensors | {"encoder.extra": np.zeros(1, np.float32)})
     with pytest.raises(RequestError, match=r"unexpected 'encoder\.extra'"):
@@ -145,9 +144,9 @@ def test_spans_by_the_paper():
     assert corrupted(np.arange(10), mask, 99) == ([0, 1, 99, 4, 5, 6, 7, 98, 9], [99, 2, 3, 98, 8, 97])
     assert counts(512) == (77, 26)  # the T5 code: 512 tokens have 77 noise tokens in 26 spans
     for seed in range(5):
-        drawn = noise_mask(100, np.random.default_rng(seed))
-        assert drawn.sum() == 15 and not drawn[0] and drawn[-1]
-        assert int(np.sum(drawn & ~np.roll(drawn, 1))) == 5
+        cut = noise_mask(100, np.random.default_rng(seed))
+        assert cut.sum() == 15 and not cut[0] and cut[-1]
+        assert int(np.sum(cut & ~np.roll(cut, 1))) == 5
 
 
 def test_rows_of_corrupted_text():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
-from support import experiment, run, to_numpy, weights
+from support import experiment, run, to_numpy
+from t5_models import drawn
 from test_methods_common import DECAY, ROWS
 
 from jaxcl.core.between import Between
@@ -36,9 +38,13 @@ TRAINED = [name for name in ROWS if name not in REFUSED]
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_t5_cannot_do_is_refused_before_the_first_step(name):
-    between = Between(experiment([make_smaller(name)], spec=SPEC), lambda: None)
+    between = Between(experiment([make_smaller(name)], spec=SPEC, params=start_of(SPEC)), lambda: None)
     with pytest.raises(RequestError, match=REFUSED[name]):
         between.begin(0)
+
+
+def start_of(spec: T5Spec) -> dict:
+    return drawn(spec, jax.random.key(0))
 
 
 def make_smaller(name: str):
@@ -50,10 +56,10 @@ def make_smaller(name: str):
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED])
 def test_two_stages_of_every_other_method(name, tmp_path):
-    done = run([ROWS[name]()], tmp_path / "out", n=2, spec=SPEC, tx=DECAY)
+    done = run([ROWS[name]()], tmp_path / "out", n=2, spec=SPEC, params=start_of(SPEC), tx=DECAY)
     assert np.isfinite(done.losses()).all() and done.losses().size >= 4
     assert done.compilations == len({record["phase"] for record in done.log})
-    start, free = to_numpy(weights(SPEC)), done.loop.now.world.trained
+    start, free = to_numpy(start_of(SPEC)), done.loop.now.world.trained
     assert any(not np.array_equal(done.params[k], start.get(k)) for k in free)
     if "lora" not in name:
         return
@@ -68,7 +74,9 @@ def test_two_stages_of_every_other_method(name, tmp_path):
 def test_stacked_layers_train_as_single_ones(tmp_path):
     spec = dataclasses.replace(SPEC, layers=2)
     stacked = dataclasses.replace(spec, segments=((("block",), 2),))
-    runs = [run([ROWS["olora"]()], tmp_path / str(i), n=2, spec=s, tx=DECAY) for i, s in enumerate((spec, stacked))]
+    runs = []
+    for i, s in enumerate((spec, stacked)):
+        runs.append(run([ROWS["olora"]()], tmp_path / str(i), n=2, spec=s, params=start_of(s), tx=DECAY))
     assert any("/0:2:1/" in k for k in runs[1].params)
     np.testing.assert_allclose(runs[0].losses(), runs[1].losses(), rtol=2e-5)
 
@@ -85,7 +93,7 @@ def view(quick) -> View:
     spec = tiny_t5(layers=1, width=16, heads=2)
     model = t5(spec)
     made = View(model)
-    return made.at(spec, weights(spec), {}, {}, made.clock)
+    return made.at(spec, start_of(spec), {}, {}, made.clock)
 
 
 def test_evaluators_ask_what_training_sees(view):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import support
-from t5_models import BUCKETS, DISTANCE, SIZES, SPECS, VOCAB, batch, logits, prompts, texts, unigram, whole
+from t5_models import BUCKETS, DISTANCE, SIZES, SPECS, VOCAB, batch, drawn, logits, prompts, texts, unigram, whole
 
 from jaxcl.methods.lora import lora
 from jaxcl.methods.olora import olora
@@ -109,7 +109,7 @@ def test_logits_and_greedy_generation_at_the_public_sizes(kind, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_model_and_its_tokenizer_load_there(kind, tmp_path):
     spec = SPECS[kind]
-    params = support.weights(spec)
+    params = drawn(spec, jax.random.key(0))
     words = BPETokenizer(unigram(), eos_id=1, pad_id=0, eos="</s>")
     write_hf(tmp_path, spec, params, words)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
