@@ -68,7 +68,7 @@ def unigram() -> Any:
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
     backend.decoder = decoders.Metaspace(**space)
     special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(vocab_size=45, special_tokens=special, unk_token="<unk>", show_progress=False)
     sentences = ["the cat sat on the mat", "a dog and a cat; the hat", "answer: yes or no?"]
     backend.train_from_iterator(sentences * 20, trainer)
     sentinels = [AddedToken(f"<extra_id_{i}>", normalized=False, special=True) for i in reversed(range(10))]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 
 import jax
 import numpy as np
 import pytest
 from support import experiment, run, to_numpy
-from t5_models import drawn
-from test_methods_common import DECAY, ROWS
+from t5_models import SPECS, drawn, write_base
+from test_methods_common import ADAPTERS, DECAY, ROWS
 
+from jaxcl import experiment_files
 from jaxcl.core.between import Between
+from jaxcl.core.paths import sites
+from jaxcl.core.progress import Reporter
+from jaxcl.core.run import train
 from jaxcl.core.view import View
 from jaxcl.data.stage import instruct_source
 from jaxcl.errors import RequestError
@@ -19,7 +25,9 @@ from jaxcl.evaluate.base import Eval
 from jaxcl.evaluate.generation import exact_match
 from jaxcl.evaluate.nll import text_nll
 from jaxcl.evaluate.ranking import label_ranking
+from jaxcl.models.names import is_flipped
 from jaxcl.models.t5 import t5
+from jaxcl.models.t5_hf import foreign_name, t5_config
 from jaxcl.models.t5_spec import T5Spec, tiny_t5
 from jaxcl.models.tokenizer import ByteTokenizer
 
@@ -61,7 +69,7 @@ def test_two_stages_of_every_other_method(name, tmp_path):
     assert done.compilations == len({record["phase"] for record in done.log})
     start, free = to_numpy(start_of(SPEC)), done.loop.now.world.trained
     assert any(not np.array_equal(done.params[k], start.get(k)) for k in free)
-    if "lora" not in name:
+    if name not in ADAPTERS:
         return
     sites = {k.removesuffix("/lora_a") for k in free if k.endswith("/lora_a")}
     stacks = ("encoder/layers/0/attn", "decoder/layers/0/attn", "decoder/layers/0/cross/attn")
@@ -116,3 +124,60 @@ def test_held_out_plain_text_is_refused_in_one_line(view):
     plain = text_nll("n", [{"id": "1", "text": "some text"}], ByteTokenizer(), window=16)
     with pytest.raises(RequestError, match="plain text has no source"):
         plain.run(view, lambda done, total: None)
+
+
+TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
+
+
+@pytest.fixture
+def at_hand(tmp_path, monkeypatch):
+    """A tiny T5's folder, with a little benchmark in JAXCL_DATA."""
+    spec = dataclasses.replace(SPECS["v1.1"], vocab=128)
+    flipped = {k: np.asarray(v.T if is_flipped(k) else v) for k, v in start_of(spec).items()}
+    tensors = {foreign_name(spec, k): v for k, v in flipped.items()}
+    for task in TASKS:
+        (tmp_path / "olora_benchmark" / task).mkdir(parents=True)
+        rows = [
+            {"task": task, "id": f"{task}-{i}", "instruction": "Which?\n", "input": f"the cat sat on {i}",
+             "target": ("hat", "dog")[i % 2], "labels": ["hat", "dog"]}
+            for i in range(8)
+        ]  # fmt: skip
+        for split in ("train", "test"):
+            lines = "\n".join(json.dumps(row | {"id": f"{row['id']}-{split}"}) for row in rows)
+            (tmp_path / "olora_benchmark" / task / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "olora_benchmark" / "tasks.json").write_text(json.dumps({t: {"category": "TC"} for t in TASKS}))
+    monkeypatch.setenv("JAXCL_DATA", str(tmp_path))
+    return write_base(tmp_path / "t5", t5_config(spec), tensors)
+
+
+def test_order_1_on_t5_large_has_the_references_settings(at_hand):
+    """Wang et al. 2023: the code's own for orders 1 to 3; on a tiny T5, sites and rows as T5-large would have them."""
+    module = experiment_files.load("olora_t5_large")
+    cfg = module.Config(model=str(at_hand), eval_batch=4)
+    exp = module.build(cfg)
+    (method,) = exp.methods
+    named = {k: method.hparams[k] for k in ("rank", "alpha", "dropout", "strength", "norm_strength", "targets")}
+    assert named == {
+        "rank": 8, "alpha": 32.0, "dropout": 0.1, "strength": 0.5, "norm_strength": 0.0, "targets": ["attn/q", "attn/v"]
+    }  # fmt: skip
+    assert (exp.batch_size, exp.accumulate, exp.epochs, cfg.learning_rate) == (64, 4, 1.0, 1e-3)
+    assert (cfg.rows, cfg.test_rows, cfg.window) == (None, None, 512 + 50)
+    assert [s.name for s in exp.stages] == list(TASKS) and all(e.metric.startswith("exact_match") for e in exp.evals)
+    assert exp.model.spec.remat == "block" and any("/0:2:1/" in k for k in exp.params)
+    assert len(sites(exp.params, method.hparams["targets"])) == 6, "q and v of three stacked attentions"
+    row = exp.stages[0].train[0]
+    first = int(row["targets_at"][0])
+    assert row["tokens"].shape == (562,) and first > 10
+    text = exp.tokenizer.decode(row["tokens"][:first].tolist())
+    assert "cat" in text and exp.tokenizer.decode(row["tokens"][first : first + 3].tolist()).startswith("hat")
+
+
+@pytest.mark.slow
+def test_order_1_runs_on_a_tiny_t5(at_hand, tmp_path):
+    """All of it: four stages of O-LoRA in bfloat16, scanned layers, exact match after each."""
+    module = experiment_files.load("olora_t5_large")
+    cfg = module.Config(model=str(at_hand), eval_batch=4, batch_size=4, accumulate=2, window=48)
+    exp = dataclasses.replace(module.build(cfg), mesh={"data": 1})
+    loop = train(exp, tmp_path / "out", reporter=Reporter(quiet=True))
+    scores = loop.measure.matrix()
+    assert len(scores["rows"]) == 4 and all(0 <= v <= 1 for row in scores["rows"] for v in row)

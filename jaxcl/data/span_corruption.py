@@ -128,7 +128,7 @@ def corrupted_source(
 
     share: of the tokens that are cut out. span: tokens of a span on average. top: the first sentinel's id, the
     vocabulary's last unless given; ``sentinels``: how many there are, downwards. RequestError: a share outside (0, 1),
-    a span below 1, no text, a window too small or with more spans than there are sentinels.
+    a span below 1, no text, a window too small or with more spans than there are sentinels, sentinels that are marks.
     """
     if not 0 < share < 1 or span < 1:
         raise RequestError(f"stage {name!r}: share {share}, span {span}; accepted: 0 < share < 1, span of at least 1")
@@ -138,6 +138,10 @@ def corrupted_source(
         raise RequestError(
             f"stage {name!r}: a window of {window} tokens needs {needed} sentinels; accepted: windows for {sentinels}"
         )
+    taken = [i for i in (tokenizer.eos_id, tokenizer.pad_id) if top - needed < i <= top]
+    if taken:
+        where = f"stage {name!r}: sentinels from {top} downwards"
+        raise RequestError(f"{where} reach {taken[0]}, which marks an end; give top")
     ids, _ = tokenized(documents, tokenizer)
     if len(ids) < 2:
         raise RequestError(f"stage {name!r} has no training rows")
