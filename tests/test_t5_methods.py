@@ -36,6 +36,7 @@ SPEC = T5Spec(vocab=32, width=16, layers=1, heads=2, head_dim=8, mlp=32, gated=T
 REFUSED = {
     "generative replay": "a model with an encoder does not write prompts",
     "lamol": "a model with an encoder does not write prompts",
+    "inflora": "other tokens in each stack",
     "llama_pro": "the layers of a T5Spec cannot be copied",
     "grace": "T5Spec has none",
     "elle": "elle cannot grow a T5Spec",

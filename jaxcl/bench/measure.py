@@ -19,6 +19,7 @@ from jaxcl.core import compile_cache
 from jaxcl.core.compiled import StepCache
 from jaxcl.core.experiment import Experiment
 from jaxcl.errors import RequestError
+from jaxcl.models.stacking import LAYER
 
 
 def setting(model: str, layers: int | None, rows: int, window: int, targets: int) -> Setting:
@@ -42,12 +43,12 @@ def setting(model: str, layers: int | None, rows: int, window: int, targets: int
         from jaxcl.models.fetch import load
 
         made, params, _, _ = load(model)
-    if window > made.spec.context:
-        raise RequestError(f"--window is {window}; accepted: up to {made.spec.context}, the model's context")
+    context = getattr(made.spec, "context", window)  # a T5 has none
+    if window > context:
+        raise RequestError(f"--window is {window}; accepted: up to {context}, the model's context")
     if layers is not None and layers < made.spec.layers:
         made = made._replace(spec=dataclasses.replace(made.spec, layers=layers, segments=()))
-        gone = tuple(f"layers/{i}/" for i in range(layers, 4096))
-        params = {k: v for k, v in params.items() if not k.startswith(gone)}
+        params = {k: v for k, v in params.items() if (found := LAYER.match(k)) is None or int(found["at"]) < layers}
     return Setting(made, params, rows, window, targets)
 
 

@@ -87,7 +87,8 @@ class Apply(Protocol):
 class Model(NamedTuple):
     """An architecture: a static spec and four free functions over the flat dict.
 
-    spec: a frozen (hashable) dataclass. init(spec, key) -> Params. apply: see `Apply`.
+    spec: a frozen (hashable) dataclass; ``encodes`` is True on one whose model reads a prompt as a whole.
+    init(spec, key) -> Params. apply: see `Apply`.
     head(spec, params, hidden[B,T,D], at i32[B,N]) -> logits f32[B,N,V] of the token *after* position at.
     axes(spec, params) -> {path: tuple of logical axis names or None, one per dimension}, also for the
     adapter keys that methods added to ``params``.

@@ -56,6 +56,8 @@ def inflora(
     banked = banking(rank, 1.0, 0.0, targets, max_stages)
 
     def begin(world: World, own: Own | None) -> tuple[World, Own]:
+        if getattr(world.spec, "encodes", False):
+            raise RequestError(f"{name}: a model with an encoder has other tokens in each stack; accepted: a decoder")
         world, own = banked(world, own)
         where, found = own["host"]["sites"], moments(world, own["host"]["sites"], rows)
         old = subspaces(own, found)
