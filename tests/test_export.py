@@ -256,7 +256,7 @@ def test_what_the_decoder_does_not_read_is_left_out_and_what_it_lacks_is_refused
     params = support.to_numpy(support.weights())
     weights, notes = merged(support.SPEC, params | {"value/kernel": np.ones((16, 1), np.float32)})
     assert support.same(weights, params) and notes == [
-        "left out: 1 weights that the decoder does not read (value/kernel, ...)"
+        "left out: 1 weights that the model does not read (value/kernel, ...)"
     ]
     with pytest.raises(RequestError, match="'layers/0/attn/q/gate', which no Hugging Face model"):
         merged(support.SPEC, params | {"layers/0/attn/q/gate": np.ones(1, np.float32)})
