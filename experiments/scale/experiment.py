@@ -53,8 +53,8 @@ class Config:
     method: str = "olora"
     options: str = "{}"
     batch_size: int = 1024
-    window: int = 1024
-    targets: int | None = 128
+    window: int = 256
+    targets: int | None = 64
     stages: int = 2
     rows: int = 1024
     remat: str = "block"
