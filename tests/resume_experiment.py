@@ -15,6 +15,7 @@ from jaxcl.errors import unknown
 from jaxcl.methods.agem import agem
 from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
+from jaxcl.methods.feature_reg import feature_reg
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
 from jaxcl.methods.generative_replay import generative_replay
@@ -24,10 +25,14 @@ from jaxcl.methods.hat import hat
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.inflora import inflora
 from jaxcl.methods.joint import joint
+from jaxcl.methods.l2_sp import l2_sp
 from jaxcl.methods.lamol import lamol
 from jaxcl.methods.llama_pro import llama_pro
 from jaxcl.methods.lora import lora
 from jaxcl.methods.lwf import lwf
+from jaxcl.methods.mas import mas
+from jaxcl.methods.mir import mir
+from jaxcl.methods.ogd import ogd
 from jaxcl.methods.olora import olora
 from jaxcl.methods.ppo import ppo
 from jaxcl.methods.replay import replay
@@ -41,15 +46,21 @@ METHODS = {
     "joint": joint,
     "replay": lambda: replay(ratio=0.5, capacity=10),
     "balanced": lambda: replay(ratio=0.5, capacity=10, policy="class_balanced"),
+    "mir": lambda: mir(candidates=2, capacity=10, score="s2"),
     "generative_replay": lambda: generative_replay(gamma=0.5, condition="prefix", kept=4, oversample=4, eos=31),
     "lamol": lambda: lamol(gamma=0.5, eos=31, max_stages=2),
+    "l2_sp": lambda: l2_sp(strength=0.5),
+    "annealed": lambda: l2_sp(strength=50.0, anchor="previous", form="decoupled", rate=3e-3, anneal=3),
     "ewc": lambda: ewc(strength=20.0, rows=8, fisher="sampled"),
     "separate": lambda: ewc(strength=20.0, rows=8, mode="separate", max_stages=2),
     "si": lambda: si(strength=1.0),
+    "mas": lambda: mas(strength=0.1, rows=8),
     "lwf": lwf,
     "asked": lambda: lwf(teacher="topk", rows="new", k=4),
+    "feature_reg": lambda: feature_reg(layers=(1, -1), distance="relational", positions="mean"),
     "agem": lambda: agem(capacity=10),
     "gem": lambda: gem(capacity=10, max_stages=2),
+    "ogd": lambda: ogd(rows=4, max_stages=2),
     "hat": lambda: hat(max_stages=2),
     "grace": lambda: grace(eps_init=0.1, n_iter=3),
     "rho1": lambda: rho1(reference=0.3),

@@ -18,6 +18,7 @@ from jaxcl.errors import RequestError
 from jaxcl.methods.agem import agem
 from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
+from jaxcl.methods.feature_reg import feature_reg
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.gem import gem
 from jaxcl.methods.generative_replay import generative_replay
@@ -27,10 +28,14 @@ from jaxcl.methods.hat import hat
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.inflora import inflora
 from jaxcl.methods.joint import joint
+from jaxcl.methods.l2_sp import l2_sp
 from jaxcl.methods.lamol import lamol
 from jaxcl.methods.llama_pro import llama_pro
 from jaxcl.methods.lora import lora
 from jaxcl.methods.lwf import lwf
+from jaxcl.methods.mas import mas
+from jaxcl.methods.mir import mir
+from jaxcl.methods.ogd import ogd
 from jaxcl.methods.olora import olora
 from jaxcl.methods.ppo import ppo
 from jaxcl.methods.replay import replay
@@ -48,15 +53,22 @@ ROWS: dict[str, Callable[[], Method]] = {
     "joint": lambda: joint(),
     "replay": lambda: replay(ratio=0.5, capacity=12),
     "replay balanced": lambda: replay(count=4, capacity=8, policy="class_balanced"),
+    "mir": lambda: mir(candidates=2, capacity=12, rows=4),
+    "mir s2": lambda: mir(candidates=2, capacity=12, score="s2"),
     "generative replay": lambda: generative_replay(gamma=0.5, condition="prefix", kept=4, oversample=16, eos=31),
     "lamol": lambda: lamol(gamma=0.5, eos=31, max_stages=3),
+    "l2_sp": lambda: l2_sp(strength=0.1),
+    "l2_sp decoupled": lambda: l2_sp(strength=1.0, anchor="previous", form="decoupled", rate=0.05),
     "ewc": lambda: ewc(strength=50.0, rows=8),
     "ewc separate": lambda: ewc(strength=50.0, rows=8, mode="separate", fisher="sampled", max_stages=3),
     "si": lambda: si(strength=1.0),
+    "mas": lambda: mas(strength=0.1, rows=8),
     "lwf": lambda: lwf(),
     "lwf asked": lambda: lwf(teacher="topk", rows="new", k=4),
+    "feature_reg": lambda: feature_reg(layers=(0, -1)),
     "agem": lambda: agem(capacity=8),
     "gem": lambda: gem(capacity=8, max_stages=3),
+    "ogd": lambda: ogd(rows=4, max_stages=3, exact=True),
     "hat": lambda: hat(s_max=40.0, max_stages=3),
     "rho1": lambda: rho1(share=0.5, reference=None),
     "rho1 phased": lambda: rho1(share=0.5, reference=0.5, epochs=1, scores="live"),
@@ -88,13 +100,18 @@ NOTHING: dict[str, Callable[[], Method]] = {
     "joint": lambda: replay(ratio=0.0),
     "replay": lambda: replay(ratio=0.5, capacity=0),
     "replay balanced": lambda: replay(count=0, policy="class_balanced"),
+    "mir": lambda: mir(capacity=0),
     "generative replay": lambda: generative_replay(gamma=0.0, strength=0.0),
     "lamol": lambda: lamol(gamma=0.0, strength=0.0),
+    "l2_sp": lambda: l2_sp(strength=0.0),
     "ewc": lambda: ewc(strength=0.0, rows=8),
     "si": lambda: si(strength=0.0),
+    "mas": lambda: mas(strength=0.0),
     "lwf": lambda: lwf(strength=0.0),
+    "feature_reg": lambda: feature_reg(strength=0.0),
     "agem": lambda: agem(capacity=0),
     "gem": lambda: gem(capacity=0, max_stages=3),
+    "ogd": lambda: ogd(rows=0),
     "rho1": lambda: rho1(share=1.0, reference=None),
     "ewc separate": lambda: ewc(strength=0.0, rows=8, mode="separate", max_stages=3),
     "elle": lambda: elle(growth=(), capacity=0),

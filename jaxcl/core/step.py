@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ import optax
 
 from jaxcl.core import compose
 from jaxcl.core.paths import merge
-from jaxcl.core.types import Apply, Batch, Clock, Ctx, Fixed, GradFn, Method, Outputs, Params, Phase, State
+from jaxcl.core.types import Apply, Batch, Clock, Ctx, Fixed, Gradient, Method, Outputs, Params, Phase, State
+from jaxcl.errors import RequestError
 
 Metrics = dict[str, jax.Array]
 Step = Callable[[State, Fixed, Batch, Any], tuple[State, Metrics]]
@@ -53,9 +55,9 @@ def make_step(
 
         def loss_fn(train: Params, batch: Batch, key: jax.Array, with_terms: bool) -> tuple[jax.Array, dict]:
             params = merge(fixed.frozen, train)
-            out = model(spec, params, batch, taps=taps, train=True, key=jax.random.fold_in(key, 0))
-            own_key = jax.random.fold_in(key, 1)
-            ctx = Ctx(params, None, batch, batch["weight"], out, clock, own_key, model, spec, head)
+            out_key, own_key = (jax.random.fold_in(key, i) for i in (0, 1))
+            out = model(spec, params, batch, taps=taps, train=True, key=out_key)
+            ctx = Ctx(params, None, batch, batch["weight"], out, clock, own_key, model, spec, head, out_key)
             ctx = ctx._replace(weight=compose.weights(methods, ctx, owns))
             named = {"objective": phase.objective(ctx)}
             if with_terms:
@@ -72,16 +74,24 @@ def make_step(
 
             return one(batch, key) if accumulate == 1 else accumulated(one, batch, key, accumulate)
 
-        grad_fn: GradFn = base_grad
+        def updated(train: Params, grads: Params) -> tuple[Params, Any]:
+            updates, opt = tx.update(grads, state.opt, train, clock=clock)
+            for m in methods:
+                if m.project is not None:
+                    updates = m.project(updates, merge(fixed.frozen, train), owns[m.name], clock)
+            return updates, opt
+
+        grad_fn = Gradient(
+            of=base_grad,
+            ahead=lambda train, grads: optax.apply_updates(train, updated(train, grads)[0]),
+            forward=lambda train, batch: model(spec, merge(fixed.frozen, train), batch),
+        )
         for m in methods:
             if m.grad is not None:
-                grad_fn = m.grad(grad_fn, owns[m.name], clock)
+                grad_fn = dataclasses.replace(grad_fn, of=m.grad(grad_fn, owns[m.name], clock))
         key = step_key(seed, clock)
         grads, aux = grad_fn(state.train, batch, key)
-        updates, opt = tx.update(grads, state.opt, state.train, clock=clock)
-        for m in methods:
-            if m.project is not None:
-                updates = m.project(updates, state.train, owns[m.name], clock)
+        updates, opt = updated(state.train, grads)
 
         live = dict(state.live)
         if watch:
@@ -109,8 +119,11 @@ def accumulated(one: Callable, batch: Batch, key: jax.Array, parts: int) -> tupl
     """``one(micro_batch, key) -> (grads, aux)`` summed over micro-batches, each by its share of the target weight.
 
     Micro-batch i takes rows i, i + parts, ...: strided, so that a batch sharded over devices stays where it is.
-    Taps and aux of the outputs arrive summed, nll in the rows' order.
+    Taps and aux of the outputs arrive summed, nll in the rows' order. RequestError: rows that do not split evenly.
     """
+    rows = len(batch["tokens"])
+    if rows % parts:
+        raise RequestError(f"a gradient of {rows} rows does not split into accumulate={parts} equal parts")
     micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     grads, aux = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), key)
     nll = aux.get("out", {}).pop("nll", None)

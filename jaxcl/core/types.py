@@ -114,6 +114,7 @@ class Ctx(NamedTuple):
     model: Callable[..., Outputs]  # the wrapped apply, (spec, params, batch, ...) -> Outputs
     spec: Any = None
     head: Callable[..., jax.Array] | None = None  # (spec, params, hidden, at) -> logits, see Model
+    out_key: jax.Array | None = None  # what `out` was drawn with: a forward pass with train=True and it has its dropout
 
 
 class Budget(NamedTuple):
@@ -228,7 +229,21 @@ class World(NamedTuple):
 
 GradFn = Callable[..., tuple[Params, dict[str, Any]]]
 """(train, batch, key, *, terms=True) -> (grads, aux); accumulates whatever batch it gets; ``terms=False``
-is the objective alone."""
+is the objective alone. The one that a `grad` decorates is a `Gradient`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """A GradFn, called as one, with what a decorator may ask for beside it. ahead(train, grads) -> train: where the
+    optimizer's next step with these gradients would lead, projections included; its state stays as it is.
+    forward(train, batch) -> Outputs: the wrapped model without dropout."""
+
+    of: GradFn
+    ahead: Callable[[Params, Params], Params]
+    forward: Callable[[Params, Batch], Outputs]
+
+    def __call__(self, *args: Any, **how: Any) -> tuple[Params, dict[str, Any]]:
+        return self.of(*args, **how)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -260,7 +275,7 @@ class Method:
     wrap: Callable[[Apply, Any, Clock], Apply] | None = None
     weigh: Callable[[Ctx], jax.Array] | None = None
     loss: Callable[[Ctx], dict[str, jax.Array]] | None = None
-    grad: Callable[[GradFn, Any, Clock], GradFn] | None = None
+    grad: Callable[[Gradient, Any, Clock], GradFn] | None = None
     project: Callable[[Params, Params, Any, Clock], Params] | None = None
     observe: Callable[[Ctx, Params, Params, Params], Any] | None = None
 

@@ -39,3 +39,28 @@ def frobenius(x: jax.Array, axes: int = 2) -> jax.Array:
     square = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(-axes, 0)))
     safe = jnp.where(square > 0, square, 1.0)
     return jnp.sum(jnp.where(square > 0, jnp.sqrt(safe), 0.0))
+
+
+def half_square_distance(params: Any, anchor: Any) -> jax.Array:
+    """1/2 ||params - anchor||^2 over the leaves of ``anchor`` that ``params`` has, by their paths. f32[]."""
+    theta, total = dict(tree_leaves_with_path(params)), jnp.zeros((), jnp.float32)
+    for path, centre in tree_leaves_with_path(anchor):
+        if path in theta:
+            total += jnp.sum(jnp.square(theta[path].astype(jnp.float32) - centre.astype(jnp.float32)))
+    return 0.5 * total
+
+
+def square_of_product(left: jax.Array, right: jax.Array, dense: jax.Array | None = None) -> jax.Array:
+    """||left right + dense^T||_F^2 of factors [..., out, R] and [..., R, in] and a matrix [..., in, out], f32[].
+
+    The product is never formed: ||L R||^2 = <L^T L, R R^T>, which is R x R, and its product with ``dense`` is taken by
+    way of dense L. Leading axes are summed over.
+    """
+    with jax.default_matmul_precision("highest"):
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        grams = jnp.einsum("...or,...oq->...rq", left, left), jnp.einsum("...ri,...qi->...rq", right, right)
+        total = jnp.sum(grams[0] * grams[1])
+        if dense is not None:
+            dense = dense.astype(jnp.float32)
+            total += jnp.sum(jnp.square(dense)) + 2.0 * jnp.sum(right * jnp.einsum("...io,...or->...ri", dense, left))
+    return total

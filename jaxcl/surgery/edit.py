@@ -154,11 +154,12 @@ def carry(own: Mapping[str, Any], kinds: Mapping[str, str], edits: tuple[Edit, .
 
 
 def complete(own: Mapping[str, Any], fresh: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
-    """A memory whose tables also have the paths that only ``fresh``, a memory made now, has: those of new tensors."""
+    """A memory whose tables also have the paths, and the tables, that only ``fresh``, a memory made now, has: those of
+    new tensors."""
     out = {part: dict(memory) for part, memory in own.items()}
     for part in ("fixed", "live"):
-        for name in kinds.keys() & out[part].keys() & fresh[part].keys():
-            out[part][name] = {**fresh[part][name], **out[part][name]}
+        for name in kinds.keys() & fresh[part].keys():
+            out[part][name] = {**fresh[part][name], **out[part].get(name, {})}
     return out
 
 
