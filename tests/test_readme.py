@@ -39,7 +39,7 @@ def test_the_table_names_the_slots_of_every_method():
         written = {"generative_replay": {"labels": True}, "lamol": {"labels": True}}
         more = {
             "lora": {"merged": True}, "lwf": {"teacher": "topk"}, "ogd": {"exact": True}, "mir": {"score": "s2"},
-            "l2_sp": {"form": "decoupled", "rate": 0.1, "anchor": "previous"}, **written,
+            "l2_sp": {"form": "decoupled", "rate": 0.1, "anchor": "previous"}, "replay": {"mixing": "joint"}, **written,
         }  # fmt: skip
         options = [{}, more.get(name, {})]
         filled = {slot for o in options for slot in constructor(name)(**o).slots}

@@ -84,7 +84,7 @@ def fold_plans(methods: Sequence[Method], world: World, owns: Mapping[str, Own],
                     )
                 setter[p.name] = m.name
             added += [s for s in p.streams if not any(s.rows is rows for rows in read)]
-        check_keeps(m, added, world.stage)
+        check_keeps(m, added, world)
         phases = [dataclasses.replace(p, by=m.name) if p.after not in afters else p for p in phases]
     for p in phases:
         check_collect(methods, p)
@@ -101,19 +101,21 @@ def check_collect(methods: Sequence[Method], phase: Phase) -> None:
         raise RequestError(f"{who} collect the rollouts of phase {phase.name!r}; a phase has one that does")
 
 
-def check_keeps(m: Method, streams: Sequence[Stream], stage: int) -> None:
+def check_keeps(m: Method, streams: Sequence[Stream], world: World) -> None:
     """Past rows that ``m`` added against what it declares to keep. Raises RequestError, naming both."""
+    stage, keeps = world.stage, m.keeps
     for s in streams:
         if s.stage > stage:
             raise RequestError(f"method {m.name!r} reads stage {s.stage} while stage {stage} is trained")
     past = [s for s in streams if s.stage < stage and isinstance(s.rows, np.ndarray)]
     rows = {(s.stage, int(r)) for s in past for r in s.rows}
-    if m.keeps.all or not rows:
+    if keeps.all or not rows:
         return
-    if m.keeps.examples is None or len(rows) > m.keeps.examples:
-        raise RequestError(
-            f"method {m.name!r} reads {len(rows)} rows of past stages in stage {stage}, but keeps {m.keeps}"
-        )
+    size = 0 if keeps.bytes is None else sum(world.tools.row_bytes(s) for s, _ in rows)
+    many = len(rows) > keeps.examples if keeps.examples is not None else keeps.bytes is None
+    if many or (keeps.bytes is not None and size > keeps.bytes):
+        shown = f"{len(rows)} rows" + (f" ({size} bytes)" if size else "")
+        raise RequestError(f"method {m.name!r} reads {shown} of past stages in stage {stage}, but keeps {keeps}")
 
 
 def own_of(m: Method, fixed: Mapping[str, Any], live: Mapping[str, Any]) -> Own:

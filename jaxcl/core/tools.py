@@ -74,7 +74,7 @@ class Toolbox:
 
         def kept(stage: int, rows: Sequence[int]) -> Iterator[Batch]:
             assert world is not None and method is not None
-            compose.check_keeps(method, [Stream(stage, np.asarray(rows, np.int64))], world.stage)
+            compose.check_keeps(method, [Stream(stage, np.asarray(rows, np.int64))], world)
             for batch in rows_once(self.sources[stage], rows, self.batch_size):
                 stop()
                 yield batch
@@ -91,6 +91,7 @@ class Toolbox:
             call=call,
             size=lambda stage: len(self.sources[stage]),
             labels=lambda stage: self._labels(world, stage),
+            row_bytes=lambda stage: sum(np.asarray(x).nbytes for x in self.sources[stage][0].values()),
         )
 
     def _check(self, world: World | None, stage: int) -> None:

@@ -199,7 +199,8 @@ class Tools(NamedTuple):
     kept(stage, rows) -> iterator of batches of past rows that the method may hold (`keeps`), once, in order.
     call(fn, batch, key) -> tree: ``fn(forward, train, batch, key)`` once, jitted, on any batch of arrays.
         ``forward.generate(train, prompts, lengths, ...)`` samples, see `jaxcl.models.generate.generate`.
-    size(stage) -> number of training rows. labels(stage) -> a string per row (class or task).
+    size(stage) -> number of training rows. labels(stage) -> a string per row (class or task). row_bytes(stage) -> bytes
+        of one row's arrays, which are of one shape in a stage.
     """
 
     batches: Callable[..., Any]
@@ -209,6 +210,7 @@ class Tools(NamedTuple):
     call: Callable[..., Any]
     size: Callable[[int], int]
     labels: Callable[[int], np.ndarray]
+    row_bytes: Callable[[int], int]
 
 
 class World(NamedTuple):

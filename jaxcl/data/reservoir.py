@@ -1,8 +1,9 @@
-"""Which rows of a stream a memory of fixed capacity holds: Algorithm R and its class-balanced sibling.
+"""Which rows of a stream a memory of fixed capacity holds: Algorithm R, its class-balanced sibling, equal shares.
 
 Every row number has its own random numbers, a pure function of (seed, number), so that writing a stream in two
 calls equals writing it in one, and a restored memory goes on exactly. Sources: Vitter 1985 (Algorithm R);
-Chrysakis and Moens 2020 (class-balanced reservoir sampling, CBRS).
+Chrysakis and Moens 2020 (class-balanced reservoir sampling, CBRS); Chaudhry et al. 2019 (a ring for each class);
+Rebuffi et al. 2017 (herding, iCaRL).
 """
 
 from __future__ import annotations
@@ -89,3 +90,54 @@ def class_balanced(memory: Memory, labels: Sequence[str], capacity: int, seed: i
         np.array(items, np.int64), np.array(kept, np.str_), memory.seen + len(labels),
         tuple(sorted(seen.items())), tuple(sorted(full)),
     )  # fmt: skip
+
+
+def ring(memory: Memory, labels: Sequence[str], capacity: int, seed: int = 0) -> Memory:
+    """The memory after the next rows: the last capacity // classes rows of every class, the newest first."""
+    new = range(memory.seen + len(labels) - 1, memory.seen - 1, -1)
+    classes = [*labels[::-1], *memory.labels.tolist()]
+    return _equal_shares(memory, [*new, *memory.items.tolist()], classes, labels, capacity)
+
+
+def herding(memory: Memory, labels: Sequence[str], capacity: int, features: np.ndarray) -> Memory:
+    """The memory after the next rows, of ``features`` f[n, D]: the first capacity // classes rows of every class in the
+    order of `herd`. As classes come, every class gives up its last ones."""
+    order: list[int] = []
+    for label in dict.fromkeys(labels):
+        mine = np.flatnonzero(np.asarray(labels) == label)
+        order += mine[herd(features[mine], min(len(mine), capacity))].tolist()
+    items = [*memory.items.tolist(), *(memory.seen + i for i in order)]
+    return _equal_shares(memory, items, [*memory.labels.tolist(), *(labels[i] for i in order)], labels, capacity)
+
+
+def herd(features: np.ndarray, count: int) -> np.ndarray:
+    """int64[count]: rows of f[n, D], each the one that brings the mean of those chosen so far closest to the mean of
+    all, for features of length 1; of equal ones the first."""
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    mean, total, free = unit.mean(axis=0), np.zeros(unit.shape[1]), np.ones(len(unit), bool)
+    chosen = np.zeros(count, np.int64)
+    for k in range(count):
+        away = np.linalg.norm(mean - (total + unit) / (k + 1), axis=1)
+        chosen[k] = np.argmin(np.where(free, away, np.inf))
+        free[chosen[k]] = False
+        total = total + unit[chosen[k]]
+    return chosen
+
+
+def _equal_shares(
+    memory: Memory, items: Sequence[int], kept: Sequence[str], labels: Sequence[str], capacity: int
+) -> Memory:
+    """Of ``items`` with classes ``kept``, in the order of their worth, the first capacity // classes of every class; of
+    more classes than capacity one row each until it is full."""
+    seen = dict(memory.class_seen)
+    for label in labels:
+        seen[label] = seen.get(label, 0) + 1
+    most, count = max(capacity // max(len(seen), 1), 1), dict.fromkeys(seen, 0)
+    chosen: list[int] = []
+    for i, label in enumerate(kept):
+        if count[label] < most and len(chosen) < capacity:
+            count[label] += 1
+            chosen.append(i)
+    names = np.array([kept[i] for i in chosen], np.str_)
+    numbers = np.array([items[i] for i in chosen], np.int64)
+    return Memory(numbers, names, memory.seen + len(labels), tuple(sorted(seen.items())))

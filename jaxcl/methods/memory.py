@@ -6,13 +6,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.core.types import Own, World
-from jaxcl.data.reservoir import Memory, class_balanced, reservoir
+from jaxcl.core.types import Batch, Own, Params, World
+from jaxcl.data.reservoir import Memory, class_balanced, herding, reservoir, ring
 from jaxcl.errors import RequestError, unknown
+from jaxcl.losses.positions import prompt_end
 
-POLICIES: dict[str, Callable] = {"reservoir": reservoir, "class_balanced": class_balanced}
+STREAMED: dict[str, Callable] = {"reservoir": reservoir, "class_balanced": class_balanced, "ring": ring}
+POLICIES = (*STREAMED, "herding")
+"""Herding asks the model as it is at the stage's end: the last hidden state at a prompt's end is a row's feature."""
 
 
 def check(name: str, policy: str, **counts: float) -> None:
@@ -34,7 +39,15 @@ def remember(world: World, own: Own, policy: str, capacity: int, seed: int) -> O
     memory, starts = load(own["host"])
     starts = [*starts, memory.seen]  # the stream of all stages is one; this stage starts here
     labels = [str(label) for label in world.tools.labels(world.stage)]
-    return {"host": store(POLICIES[policy](memory, labels, capacity, seed), starts)}
+    if policy == "herding":
+        features = world.tools.each(feature, world.key)[: len(labels)].astype(np.float64)
+        return {"host": store(herding(memory, labels, capacity, features), starts)}
+    return {"host": store(STREAMED[policy](memory, labels, capacity, seed), starts)}
+
+
+def feature(forward: Any, train: Params, batch: Batch, key: jax.Array) -> jax.Array:
+    """f32[D] of one row: the last hidden state at the last token of its prompt."""
+    return forward(train, batch).hidden[0, prompt_end(batch)[0]].astype(jnp.float32)
 
 
 def store(memory: Memory, starts: list[int]) -> dict[str, Any]:
