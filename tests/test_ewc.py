@@ -104,6 +104,16 @@ def test_fisher_is_the_mean_of_per_example_squares(by_tools, quick):
         assert not np.allclose(found[k], each.mean(0) ** 2, rtol=0.1), "the square of the mean is another thing"
 
 
+def test_batches_of_one_row_give_the_same_fisher(by_tools, quick):
+    world, found = by_tools
+    b = Between(experiment([lora(rank=2, dropout=0.5)], n=1, rows=10, batch_size=1), lambda: None)
+    b.begin(0)
+    b.world = b.world._replace(params=world.params)
+    one = b.given(0, 0).tools.mean(empirical, None, world.key)
+    for k in found:
+        np.testing.assert_allclose(one[k], found[k], rtol=1e-3, atol=1e-6)
+
+
 def test_fisher_is_not_negative_and_knows_no_frozen_leaf(by_tools):
     world, found = by_tools
     assert found.keys() == world.trained and all(k.endswith(("lora_a", "lora_b")) for k in found)

@@ -76,6 +76,14 @@ def test_gem_with_no_margin_is_the_closest_feasible_gradient(seed):
     np.testing.assert_allclose(flat(shuffled), got, atol=2e-3)
 
 
+def test_scaling_a_memorys_gradient_leaves_the_constraint_as_it_is():
+    g, refs = tree(1), [tree(60), tree(61)]
+    scaled = [refs[0], {k: 5.0 * v for k, v in refs[1].items()}]
+    one, other = (flat(project_all(g, r, margin=0.0, eps=0.0, sweeps=2000)) for r in (refs, scaled))
+    np.testing.assert_allclose(one, other, atol=2e-3)
+    assert not np.allclose(one, flat(g)), "it does bind"
+
+
 def test_one_constraint_is_agem():
     for g, r in PAIRS[:6]:
         np.testing.assert_allclose(flat(project_all(g, [r], margin=0.0, eps=0.0)), flat(project_one(g, r)), atol=1e-4)
