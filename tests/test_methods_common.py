@@ -65,7 +65,7 @@ ROWS: dict[str, Callable[[], Method]] = {
     "mas": lambda: mas(strength=0.1, rows=8),
     "lwf": lambda: lwf(),
     "lwf asked": lambda: lwf(teacher="topk", rows="new", k=4),
-    "feature_reg": lambda: feature_reg(layers=(0, -1)),
+    "feature_reg": lambda: feature_reg(strength=2.0),
     "agem": lambda: agem(capacity=8),
     "gem": lambda: gem(capacity=8, max_stages=3),
     "ogd": lambda: ogd(rows=4, max_stages=3, exact=True),

@@ -23,13 +23,15 @@ def hidden(forward: Any, train: Any, batch: Batch, key: jax.Array) -> Any:
     """F(x): the residual stream behind the last layer at the last token of the prompt (of plain text: of the row).
 
     Before the last norm: behind it every state has the same length but for the norm's scale, and nothing is left to
-    be sensitive. f32 in the shapes of ``train``; the row's answer has no part in it.
+    be sensitive. Of an encoder-decoder it is the decoder's, at its first place. f32 in the shapes of ``train``; the
+    row's answer has no part in it.
     """
-    tap = f"layers/{forward.spec.layers - 1}:out"
+    encodes = getattr(forward.spec, "encodes", False)
+    tap = f"{'decoder/' if encodes else ''}layers/{forward.spec.layers - 1}:out"
 
     def size(train: Any) -> jax.Array:
         x = forward(train, batch, taps=(tap,)).taps[tap]
-        return jnp.sum(jnp.square(x[0, prompt_end(batch)[0]].astype(jnp.float32)))
+        return jnp.sum(jnp.square(x[0, 0 if encodes else prompt_end(batch)[0]].astype(jnp.float32)))
 
     return _absolute(jax.grad(size)(train))
 

@@ -38,7 +38,8 @@ def feature_reg(
     features, free of rotations too). layers: numbers from 0, the residual stream behind each; -1 is the last hidden
     state behind the final norm, which every model has. Under ``l2`` a few outlying dimensions of the upper residual
     stream of a decoder outweigh all others: use cosine, or -1. positions: ``all`` tokens, those before the ``answers``'
-    tokens, the ``last`` of the prompt, or the ``mean`` over a row's tokens. rows: ``new``, ``old`` or ``all``.
+    tokens, the ``last`` of the prompt, or the ``mean`` over a row's tokens; an encoder-decoder has last hidden states
+    before the answers' tokens alone. rows: ``new``, ``old`` or ``all``.
 
     The teacher is the trained parameters as they were at the end of the last stage (with adapters only those) and
     runs beside the student, under the same dropout. strength 1 is SCKD's. Raises RequestError for a negative strength,
