@@ -22,6 +22,7 @@ from jaxcl.methods.generative_replay import generative_replay
 from jaxcl.methods.grace import grace
 from jaxcl.methods.grpo import grpo
 from jaxcl.methods.hat import hat
+from jaxcl.methods.ia3 import ia3
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.inflora import inflora
 from jaxcl.methods.joint import joint
@@ -35,6 +36,8 @@ from jaxcl.methods.mir import mir
 from jaxcl.methods.ogd import ogd
 from jaxcl.methods.olora import olora
 from jaxcl.methods.ppo import ppo
+from jaxcl.methods.prefix_tuning import prefix_tuning
+from jaxcl.methods.prompt_tuning import prompt_tuning
 from jaxcl.methods.replay import replay
 from jaxcl.methods.rho1 import rho1
 from jaxcl.methods.si import si
@@ -71,6 +74,9 @@ METHODS = {
     "olora": lambda: olora(max_stages=2, **ADAPTER),
     "inflora": lambda: inflora(rank=2, max_stages=2, stages=2, rows=8),
     "folded": lambda: olora(max_stages=2, fold=True, **ADAPTER | {"dropout": 0.0}),
+    "ia3": lambda: ia3(per_task=True, max_stages=2),
+    "prompt_tuning": lambda: prompt_tuning(length=3, hidden=5, per_task=True, max_stages=2),
+    "prefix_tuning": lambda: prefix_tuning(length=3, hidden=5, per_task=True, max_stages=2),
     "llama_pro": lambda: llama_pro(groups=2),
     "elle": lambda: elle(growth=({"heads": 2, "layers": 1},), capacity=20, recover=4, segments=2),
     "ppo": lambda: ppo(reward="token:7", max_new=4, ptx=0.1, reference="ema"),

@@ -29,9 +29,10 @@ from jaxcl.models.t5_spec import T5Spec
 
 SPEC = tiny(vocab=32, layers=2, width=16, heads=2, kv_heads=1, mlp=32, context=64)
 MODEL = decoder(SPEC)
+forward = jax.jit(MODEL.apply, static_argnums=0, static_argnames=("taps", "train"))
 STACK = ((("block",), 2),)  # both layers under one key
 WINDOW, TARGETS = 12, 3
-TOLD = {"hat"}  # methods that have to be told the task
+TOLD = {"hat"}  # methods that have to be told the task, beside those whose `per_task` says so
 
 
 class Answers:
@@ -80,7 +81,8 @@ def experiment(
     kw = {"tx": optax.adam(3e-3), "batch_size": 8, "save_every": 0, "mesh": {"data": 1}, "stages": stages(n, rows)} | kw
     kw.setdefault("params", weights(spec))
     exp = Experiment(model=model_of(spec), methods=methods, **kw)
-    return til(exp) if TOLD & {m.name for m in methods} else exp
+    told = TOLD & {m.name for m in methods} or any(m.hparams.get("per_task") for m in methods)
+    return til(exp) if told else exp
 
 
 @dataclasses.dataclass

@@ -12,8 +12,11 @@ import pytest
 import support
 
 from jaxcl.methods.finetune import finetune
+from jaxcl.methods.ia3 import ia3
 from jaxcl.methods.lora import lora
 from jaxcl.methods.olora import olora
+from jaxcl.methods.prefix_tuning import prefix_tuning
+from jaxcl.methods.prompt_tuning import prompt_tuning
 from jaxcl.models import fetch
 from jaxcl.models.decoder import apply, head
 from jaxcl.models.export import export
@@ -31,6 +34,11 @@ METHODS = {
     "lora": [lora(**bases.LORA)],
     "olora": [olora(**bases.LORA)],
     "full": [finetune()],
+}
+OTHERS = {  # {adapter: (method, its parameters in PEFT, how many of them)}
+    "ia3": ([ia3()], "ia3_l", 3 * bases.LAYERS),
+    "prefix_tuning": ([prefix_tuning(length=5, hidden=8)], "prompt_encoder", 1),
+    "prompt_tuning": ([prompt_tuning(length=5, hidden=8)], "prompt_encoder", 1),
 }
 LONGEST = 64  # tokens; padding stands behind the text, where nothing looks
 ADAPTERS = [name for name in METHODS if name != "full"]
@@ -75,7 +83,7 @@ def _logits(spec, params, tokens):
 
 def theirs(model, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].numpy()
+        return model(torch.tensor([ids])).logits[0, -len(ids) :].numpy()  # a soft prompt has logits of its own
 
 
 def compare(done: support.Done, model, words) -> None:
@@ -120,6 +128,22 @@ def test_peft_loads_the_adapters_on_the_base(runs, room, base, name):
     compare(done, adapted.merge_and_unload(), words)
     by_name = peft.AutoPeftModelForCausalLM.from_pretrained(out).eval()  # finds the base by the name in the config
     compare(done, by_name, words)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_peft_loads_adapters_of_other_kinds(room, base, name):
+    import optax
+
+    methods, part, count = OTHERS[name]
+    done = bases.run(base, methods, room / name, tx=optax.adam(0.1))
+    out = room / f"{name}-peft"
+    export(str(done.out), "peft", str(out))
+    adapted = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), out).eval()
+    assert len([n for n, _ in adapted.named_parameters() if part in n]) == count
+    words = transformers.AutoTokenizer.from_pretrained(out)
+    compare(done, adapted, words)
+    if name == "ia3":
+        compare(done, adapted.merge_and_unload(), words)
 
 
 def test_adapters_of_unlike_ranks_reach_their_sites(room, base):

@@ -25,6 +25,7 @@ from jaxcl.methods.generative_replay import generative_replay
 from jaxcl.methods.grace import grace
 from jaxcl.methods.grpo import grpo
 from jaxcl.methods.hat import hat
+from jaxcl.methods.ia3 import ia3
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.inflora import inflora
 from jaxcl.methods.joint import joint
@@ -38,6 +39,8 @@ from jaxcl.methods.mir import mir
 from jaxcl.methods.ogd import ogd
 from jaxcl.methods.olora import olora
 from jaxcl.methods.ppo import ppo
+from jaxcl.methods.prefix_tuning import prefix_tuning
+from jaxcl.methods.prompt_tuning import prompt_tuning
 from jaxcl.methods.replay import replay
 from jaxcl.methods.rho1 import rho1
 from jaxcl.methods.si import si
@@ -77,6 +80,12 @@ ROWS: dict[str, Callable[[], Method]] = {
     "inclora": lambda: inclora(**BANK),
     "olora": lambda: olora(norm_strength=0.1, **BANK),
     "inflora": lambda: inflora(rank=2, max_stages=3, stages=3, rows=8),
+    "ia3": lambda: ia3(),
+    "ia3 by task": lambda: ia3(per_task=True, max_stages=3),
+    "prompt_tuning": lambda: prompt_tuning(length=3),
+    "prompt_tuning by task": lambda: prompt_tuning(length=3, hidden=5, per_task=True, max_stages=3),
+    "prefix_tuning": lambda: prefix_tuning(length=3, hidden=0),
+    "prefix_tuning by task": lambda: prefix_tuning(length=3, hidden=5, per_task=True, max_stages=3),
     "llama_pro": lambda: llama_pro(groups=2),
     "grace": lambda: grace(eps_init=0.1, n_iter=3, capacity=64),
     "elle": lambda: elle(growth=({"heads": 2}, {"layers": 1}), capacity=12, recover=2, segments=2, noise=0.0),
@@ -85,12 +94,14 @@ ROWS: dict[str, Callable[[], Method]] = {
 }
 GROWING = ("llama_pro", "elle")  # a surgery at the start of a stage is one more compilation
 ADAPTERS = ("lora", "lora merged", "inclora", "olora", "inflora")
+# adapters of other kinds, which go with those
+BESIDE = ("ia3", "prompt_tuning", "prefix_tuning")
 REFUSED = [
     *itertools.combinations(ADAPTERS, 2),  # on the same sites
-    *(("hat", name) for name in (*ADAPTERS, "llama_pro", "ppo")),  # HAT cannot protect what these train always
+    *(("hat", name) for name in (*ADAPTERS, *BESIDE, "llama_pro", "ppo")),  # HAT cannot protect what these train always
     ("inflora", "llama_pro"),  # it knows the inputs of layers that these move
     ("ppo", "grpo"),  # a phase has rollouts of one
-    *((name, "grace") for name in ("hat", *ADAPTERS, "llama_pro")),  # GRACE's edits hold in a frozen model
+    *((name, "grace") for name in ("hat", *ADAPTERS, *BESIDE, "llama_pro")),  # GRACE's edits hold in a frozen model
     ("grace", "ppo"),  # as above
 ]
 # Refused when it comes to that: test_ppo, test_protocol_page.
@@ -188,6 +199,7 @@ def test_olora_without_strengths_is_inclora_and_with_them_is_not(trained, tmp_pa
 def in_stacks() -> list:
     """Methods that change or read the layers themselves; the others see a stack as one more parameter (``-m slow``)."""
     own = {"ewc", "hat", "lwf asked", "grace", "lora merged", "olora", "inflora", "llama_pro", "elle"}
+    own |= {"prefix_tuning by task"}  # which makes keys by layer
     return [name if name in own else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
 
 

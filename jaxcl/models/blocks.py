@@ -16,6 +16,8 @@ from flax import nnx
 from .attention import Part, attend
 from .cache import Written, write
 from .flow import Flow, SiteFlow
+from .layout import FACTORS
+from .prefix import Prefix
 from .products import low_rank, product
 from .rope import rotate
 from .spec import DecoderSpec
@@ -27,7 +29,7 @@ ACTIVATIONS: dict[str, Norm] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
-ADAPTERS = ("lora_a", "lora_b", "lora_scale", "bank_a", "bank_b", "bank_scale", "in_scale", "out_scale")
+ADAPTERS = ("lora_a", "lora_b", "lora_scale", "bank_a", "bank_b", "bank_scale", *FACTORS)
 DENSE_KEYS = ("kernel", "bias", *ADAPTERS)
 
 
@@ -42,8 +44,8 @@ class Dense(nnx.Module):
 
     kernel [in, out]; bias [out]; lora_a [r, in], lora_b [out, r], lora_scale []: y += scale (drop(x) a^T) b^T
     (Hu et al. 2021, eq. 3); bank_a [S, r, in], bank_b [S, out, r], bank_scale []: the same, summed over slots with
-    the weights ``flow.bank`` [B, S]; in_scale [in], out_scale [out]: x and y times these, unit by unit (IA3); in_scale
-    may be [B, in], one for each row (HAT).
+    the weights ``flow.bank`` [B, S]; in_scale [in], out_scale [out]: x and y times these, unit by unit; in_delta,
+    out_delta: times 1 plus these (IA3). Any of the four may be [B, units], one for each row (HAT, IA3 by task).
     """
 
     kernel: nnx.Param
@@ -56,6 +58,8 @@ class Dense(nnx.Module):
     bank_scale: nnx.Param
     in_scale: nnx.Param
     out_scale: nnx.Param
+    in_delta: nnx.Param
+    out_delta: nnx.Param
 
     def __init__(self, view: View, site: str):
         self.site = site
@@ -64,17 +68,21 @@ class Dense(nnx.Module):
                 setattr(self, name, nnx.Param(view[name]))
 
     def __call__(self, x: jax.Array, flow: SiteFlow) -> jax.Array:
-        if hasattr(self, "in_scale"):
-            scale = self.in_scale[...].astype(x.dtype)
-            x = x * (scale if scale.ndim == 1 else scale[:, None])
+        x = self.scaled(x, "in")
         flow.see(f"{self.site}:in", x)
         y = product(x, self.kernel[...].astype(x.dtype))
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(y.dtype)
         y = self.adapted(x, y, flow)
-        if hasattr(self, "out_scale"):
-            y = y * self.out_scale[...].astype(y.dtype)
-        return flow.through(self.site, x, y)
+        return flow.through(self.site, x, self.scaled(y, "out"))
+
+    def scaled(self, x: jax.Array, side: str) -> jax.Array:
+        """x [B,T,units] times what the site's factors on this side, ``in`` or ``out``, say."""
+        for name, base in ((f"{side}_scale", 0.0), (f"{side}_delta", 1.0)):
+            if hasattr(self, name):
+                factor = (base + getattr(self, name)[...]).astype(x.dtype)
+                x = x * (factor if factor.ndim == 1 else factor[:, None])
+        return x
 
     def adapted(self, x: jax.Array, y: jax.Array, flow: SiteFlow) -> jax.Array:
         """y plus what the adapters at this site make of x."""
@@ -140,12 +148,13 @@ class Attention(nnx.Module):
         self.spec = spec
         self.q, self.k, self.v, self.o = (Dense(below(view, n), f"attn/{n}") for n in "qkvo")
         self.q_norm, self.k_norm = (norm(view, f"{n}_norm", spec, spec.qk_norm != "none") for n in "qk")
+        self.prefix = Prefix(view)
 
     def __call__(self, x: jax.Array, flow: Flow, cached: Written | None) -> tuple[jax.Array, Written | None]:
         q = rotate(self.heads(self.q(x, flow), self.q_norm), flow.rope)
         k = rotate(self.heads(self.k(x, flow), self.k_norm), flow.rope)
         new = Written(k, self.heads(self.v(x, flow)))
-        parts = [Part(*new, flow.block)]
+        parts = [Part(*new, flow.block), *self.prefix.parts(flow, k)]
         if cached is not None and flow.past is not None:
             parts.append(Part(*cached, flow.past))
         y = attend(q, parts, self.spec.attn_scale).reshape(*x.shape[:-1], -1)

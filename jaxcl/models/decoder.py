@@ -21,6 +21,8 @@ from .cache import Cache, Written, closed, route
 from .flow import Flow
 from .layout import axes, layout
 from .nll import batch_nll
+from .prefix import network
+from .prompt import Prompt, prompt_of, with_room
 from .rope import rope
 from .spec import DecoderSpec, Run
 from .stacking import restack
@@ -63,7 +65,7 @@ def apply(
     start: tuple[int, jax.Array] | None = None,
 ) -> Outputs:
     """The forward pass. batch: tokens, segments (0 = padding), positions i32[B,T]; optional targets_at
-    i32[B,K], bank_weight f32[B,S].
+    i32[B,K], bank_weight f32[B,S]. Where ``params`` hold a soft prompt, see `jaxcl.models.prompt`.
 
     nll, f32 in nats: with targets_at [B,K], of token ``tokens[b, targets_at[b,k]]`` given the tokens before
     it (0 where targets_at <= 0); without [B,T], 0 where a token starts its segment or is padding. With a
@@ -79,9 +81,16 @@ def apply(
         raise RequestError(f"a sequence has {tokens.shape[1]} tokens; accepted: up to {spec.context} (context)")
     if train and spec.adapter_dropout and key is None:
         raise RequestError(f"adapter_dropout is {spec.adapter_dropout} without a key; accepted: train and key")
-    flows = flows_of(spec, batch, cache, key if train else None)
+    block, prompt, skip = batch, prompt_of(params, len(tokens), spec.dtype), 0
+    if prompt is not None:
+        block, cache, prompt = with_room(prompt, batch, cache, spec.context)
+        skip = prompt.length if prompt else 0
+    flows = flows_of(spec, block, cache, key if train else None, prompt, network(params))
     if start is None:
         runs, x = spec.runs, Embedding(below(params, "embed"))(tokens, spec.dtype, spec.embed_scale)
+        x = x if prompt is None else jnp.concatenate([prompt.rows, x], axis=1)
+    elif skip:
+        raise RequestError(f"start: at layer {start[0]} the soft prompt's own stream is not known; accepted: no prompt")
     else:
         runs, x = spec.runs_from(start[0]), start[1]
     seen: dict[str, jax.Array] = {}
@@ -96,7 +105,7 @@ def apply(
         seen |= kept
         notes |= left
         written |= new
-    hidden = RMSNorm(below(params, "final_norm"), spec.norm_eps)(keep_rows(x))
+    hidden = RMSNorm(below(params, "final_norm"), spec.norm_eps)(keep_rows(x[:, skip:]))
     nll = None
     if cache is None or "targets_at" in batch:
         nll = batch_nll(lambda rows: logits(spec, params, rows), hidden, batch, spec.nll_chunk)
@@ -104,12 +113,18 @@ def apply(
     return Outputs(nll=nll, hidden=hidden, taps=kept, aux=notes, cache=closed(cache, flows["block"], written))
 
 
-def flows_of(spec: DecoderSpec, batch: Batch, cache: Cache | None, key: jax.Array | None) -> dict[str, Flow]:
-    """{kind of layer: its Flow}."""
-    positions = batch["positions"]
+def flows_of(
+    spec: DecoderSpec, batch: Batch, cache: Cache | None, key: jax.Array | None,
+    prompt: Prompt | None = None, prefix: jax.Array | None = None,
+) -> dict[str, Flow]:  # fmt: skip
+    """{kind of layer: its Flow}; a soft prompt stands before the tokens in ``batch`` too."""
+    positions, skip = batch["positions"], prompt.length if prompt else 0
+    block = visible(batch["segments"][:, skip:])
     whole = Flow(
         rope=rope(spec, "block", positions),
-        block=visible(batch["segments"]),
+        block=prompt.seen(block) if prompt else block,
+        skip=skip,
+        prefix=prefix,
         bank=batch.get("bank_weight"),
         rate=spec.adapter_dropout,
         key=key,

@@ -21,6 +21,7 @@ from jaxcl.models.t5_hf import names_of, t5_config
 from jaxcl.models.t5_spec import T5Spec
 from jaxcl.models.t5_spec import layout as t5_layout
 from jaxcl.surgery.adapters import merge
+from jaxcl.surgery.scales import factors, folded
 
 Spec = DecoderSpec | T5Spec
 SHARD_BYTES = 5 * 10**9
@@ -28,7 +29,6 @@ SHARD_BYTES = 5 * 10**9
 TOKENS = 512
 """What a tokenizer's files say of the longest text where the model itself has no limit (T5's relative positions)."""
 LORA = ("lora_a", "lora_b", "lora_scale", "bank_a", "bank_b", "bank_scale")
-SCALES = ("in_scale", "out_scale")
 
 
 class Form(NamedTuple):
@@ -81,29 +81,19 @@ def merged(spec: Spec, params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray]
     flat = restack({k: np.asarray(v) for k, v in params.items()}, spec, spec.unstacked)[0]
     table = form_of(spec).leaves
     extra = [k for k in flat if k not in table]
-    if any(k.endswith((*LORA, *SCALES)) for k in extra):
+    scales = factors(extra)
+    if scales or any(k.endswith(LORA) for k in extra):
         flat = {k: v.astype(np.float32) for k, v in flat.items()}
         with jax.default_matmul_precision("float32"):  # accelerators multiply in fewer bits unless told
             flat = merge(flat, sorted({k.rpartition("/")[0] for k in extra if k.endswith(LORA)}))
-        flat = scaled({k: np.asarray(v) for k, v in flat.items()})
+        flat = folded({k: np.asarray(v) for k, v in flat.items()}, scales)
     apart = sorted(k for k in flat if k not in table)
-    lost = [k for k in apart if k.split("/")[0] in {path.split("/")[0] for path in table}]
+    read = {"prompt", *(path.split("/")[0] for path in table)}
+    lost = [k for k in apart if k.split("/")[0] in read]
     if lost:
         raise RequestError(f"the run has {lost[0]!r}, which no Hugging Face model of this kind holds")
     notes = [f"left out: {len(apart)} weights that the model does not read ({apart[0]}, ...)"] if apart else []
     return {path: flat[path] for path in table}, notes
-
-
-def scaled(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Factors on a site's inputs and outputs, in_scale [in] and out_scale [out], multiplied into kernel and bias."""
-    out = dict(params)
-    for key in [k for k in params if k.endswith(SCALES)]:
-        site, _, name = key.rpartition("/")
-        factor = out.pop(key)
-        out[site + "/kernel"] = out[site + "/kernel"] * (factor[:, None] if name == "in_scale" else factor)
-        if name == "out_scale" and site + "/bias" in out:
-            out[site + "/bias"] = out[site + "/bias"] * factor
-    return out
 
 
 def split(spec: Spec, weights: Mapping[str, np.ndarray], most: int) -> Iterator[list[str]]:

@@ -17,10 +17,9 @@ from jaxcl.models.export_hf import LORA, TOKENS, Spec, form_of, write_tensors
 from jaxcl.models.export_run import weight_at
 from jaxcl.models.export_tokenizer import write_json, write_tokenizer
 from jaxcl.models.fetch import MODELS, is_hub_id
+from jaxcl.models.peft_forms import FORMS, PREFIX, kinds, of_a_form
 from jaxcl.models.stacking import restack
 from jaxcl.models.t5_spec import T5Spec
-
-PREFIX = "base_model.model."
 
 
 class Adapter(NamedTuple):
@@ -46,16 +45,11 @@ def write_peft(
     """
     refuse_other_changes(params, base)
     flat = restack({k: np.asarray(v) for k, v in params.items()}, spec, spec.unstacked)[0]
-    names = form_of(spec).names
-    adapters = {names[s + "/kernel"].removesuffix(".weight"): adapter(flat, s) for s in sites(flat)}
-    if not adapters:
-        raise RequestError("the run has no adapters; accepted: --format hf")
-    tensors = {}
-    for module, one in adapters.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(one.a)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(one.b)
     name, revision = base_name(source)
-    write_json(folder / "adapter_config.json", adapter_config(spec, adapters, name, revision))
+    tensors, config = written(spec, flat)
+    shared = {"base_model_name_or_path": name, "revision": revision, "inference_mode": True}
+    shared["task_type"] = "SEQ_2_SEQ_LM" if isinstance(spec, T5Spec) else "CAUSAL_LM"
+    write_json(folder / "adapter_config.json", {**config, **shared})
     write_tensors(folder / "adapter_model.safetensors", tensors)
     notes = write_tokenizer(folder, tokenizer, getattr(spec, "context", TOKENS))[1]
     if name is None:
@@ -65,10 +59,29 @@ def write_peft(
     return notes
 
 
+def written(spec: Spec, flat: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, config) of the one kind of adapter there is. RequestError where there is none, or several kinds."""
+    names = [*(["LoRA"] if sites(flat) else []), *kinds(flat)]
+    if not names:
+        raise RequestError("the run has no adapters; accepted: --format hf")
+    if len(names) > 1:
+        both = " and ".join(names)
+        raise RequestError(f"the run has {both}, and a PEFT folder holds one kind; accepted: --format hf")
+    if names != ["LoRA"]:
+        return FORMS[names[0]][1](spec, flat)
+    ours = form_of(spec).names
+    adapters = {ours[s + "/kernel"].removesuffix(".weight"): adapter(flat, s) for s in sites(flat)}
+    tensors = {}
+    for module, one in adapters.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(one.a)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(one.b)
+    return tensors, adapter_config(spec, adapters)
+
+
 def refuse_other_changes(params: Mapping[str, Any], base: Mapping[str, Any]) -> None:
     """RequestError unless all but the adapters is as it was given, bit for bit."""
     changed, new = [], []
-    for path in sorted(k for k in params if not k.endswith(LORA)):
+    for path in sorted(k for k in params if not k.endswith(LORA) and not of_a_form(k)):
         was = weight_at(base, path)
         if was is None or was.shape != params[path].shape:
             new.append(path)
@@ -102,19 +115,14 @@ def adapter(flat: Mapping[str, np.ndarray], site: str) -> Adapter:
     return Adapter(np.concatenate([p.a.astype(np.float32) for p in parts]), np.concatenate(wide, axis=1), scale)
 
 
-def adapter_config(
-    spec: Spec, adapters: Mapping[str, Adapter], base: str | None, revision: str | None
-) -> dict[str, Any]:
-    """adapter_config.json. PEFT's factor is lora_alpha / r; alpha = scale r gives back the scale to the last bit."""
+def adapter_config(spec: Spec, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    """LoRA's part of adapter_config.json. PEFT's factor is lora_alpha / r; alpha = scale r gives back the scale to the
+    last bit."""
     first = next(iter(adapters.values()))
     rank, alpha = len(first.a), plain(first.scale * len(first.a))
     others = {m: one for m, one in adapters.items() if (len(one.a), one.scale) != (rank, first.scale)}
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_2_SEQ_LM" if isinstance(spec, T5Spec) else "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
-        "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": spec.adapter_dropout,

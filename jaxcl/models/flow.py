@@ -18,12 +18,14 @@ from .rope import Rope
 class SiteFlow:
     """What dense sites need. bank: f32[B,S] weights of adapter slots, or None for ones. rate, key: adapter dropout; key
     None is off. wanted, seen: taps of this layer by their local name. injected, notes: functions that replace a dense
-    site's output, by local site, and the arrays that they left.
+    site's output, by local site, and the arrays that they left. skip: positions of a soft prompt before the tokens
+    (neither taps nor injections see them).
     """
 
     bank: jax.Array | None = None
     rate: float = 0.0
     key: jax.Array | None = None
+    skip: int = 0
     wanted: frozenset[str] = frozenset()
     seen: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     injected: Mapping[str, Inject] = dataclasses.field(default_factory=dict)
@@ -38,13 +40,13 @@ class SiteFlow:
         """The output ``y`` of a dense site with input ``x``, or what was injected in its place."""
         if site not in self.injected:
             return y
-        y, self.notes[site] = self.injected[site](x, y)
-        return y
+        new, self.notes[site] = self.injected[site](x[:, self.skip :], y[:, self.skip :])
+        return jnp.concatenate([y[:, : self.skip], new], axis=1) if self.skip else new
 
     def see(self, name: str, value: jax.Array) -> None:
         """Keeps ``value`` if a tap of this name was asked for."""
         if name in self.wanted:
-            self.seen[name] = value
+            self.seen[name] = value[:, self.skip :]
 
     def drop(self, site: str, x: jax.Array) -> jax.Array:
         """Inverted dropout on an adapter's input; the same numbers however layers are stacked."""
@@ -59,7 +61,8 @@ class SiteFlow:
 class CacheFlow(SiteFlow):
     """What attention needs beside, of any architecture. block: bool [B,T,T], who sees whom inside the block. past: bool
     [B,T,S], who sees which cache slot, or None. slots: i32[B,T], where new keys go (``size`` is nowhere), or None
-    without a cache. mode: what happens to the cache, see `jaxcl.models.cache`.
+    without a cache. mode: what happens to the cache, see `jaxcl.models.cache`. prefix: what the prefixes'
+    network made of its rows [p,N], or None, see `jaxcl.models.prefix`.
     """
 
     block: jax.Array
@@ -67,6 +70,7 @@ class CacheFlow(SiteFlow):
     slots: jax.Array | None = None
     mode: str | None = None
     size: int = 0
+    prefix: jax.Array | None = None
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -8,6 +8,20 @@ from typing import Any, NamedTuple
 from .spec import DecoderSpec
 
 Axes = tuple[str | None, ...]
+FACTORS = ("in_scale", "out_scale", "in_delta", "out_delta")  # of a dense site's input and output units
+
+ADDED: dict[str, Axes] = {  # optional keys that belong to no kernel, by the end of their path
+    "prompt/rows": (None, "embed"),
+    "prompt/mlp_in": ("embed", None),
+    "prompt/mlp_out": (None, "embed"),
+    "prompt/mlp_out_bias": ("embed",),
+    "prompt/mlp_scale": ("embed",),
+    "prompt/mlp_bias": ("embed",),
+    "attn/prefix_k": (None, "kv"),
+    "attn/prefix_v": (None, "kv"),
+    "attn/prefix_map": (None, None, "kv"),
+    "attn/prefix_map_bias": (None, "kv"),
+}
 
 
 class Leaf(NamedTuple):
@@ -62,7 +76,8 @@ def axes(spec: DecoderSpec, params: Mapping[str, Any]) -> dict[str, Axes]:
     """{path: logical axis name or None per dimension} for every key of ``params``.
 
     Adapters follow their kernel: ``lora_a`` [r, in] its input axis, ``lora_b`` [out, r] its output axis;
-    ranks, slots, stacked layers and keys the decoder does not know have None.
+    what a method adds of its own (`ADDED`, a bank as its live key) has axes here too; ranks, slots, stacked layers and
+    keys the decoder does not know have None.
     """
     table = layout(spec) | {"value_head/kernel": Leaf((spec.width, 1), ("embed", None), 0.0)}
     if spec.tied:
@@ -77,17 +92,20 @@ def axes_by(table: Mapping[str, Leaf], params: Mapping[str, Any]) -> dict[str, A
 
 def _axes(table: Mapping[str, Leaf], path: str, ndim: int) -> Axes:
     site, _, name = plain(path).rpartition("/")
+    added = ADDED.get("/".join(plain(path).removesuffix("_bank").split("/")[-2:]))
     leaf, kernel = table.get(f"{site}/{name}"), table.get(f"{site}/kernel")
     if leaf is not None:
         tensor: Axes = leaf.axes
+    elif added is not None:
+        tensor = added
     elif kernel is not None and name in ("lora_a", "bank_a"):
         tensor = (None, kernel.axes[0])
     elif kernel is not None and name in ("lora_b", "bank_b"):
         tensor = (kernel.axes[1], None)
     elif kernel is not None and name in ("hat_e", "hat_bank"):  # of the site's input units, as in_scale
         tensor = (kernel.axes[0],)
-    elif kernel is not None and name in ("in_scale", "out_scale"):
-        tensor = (kernel.axes[name == "out_scale"],)
+    elif kernel is not None and name.removesuffix("_bank") in FACTORS:
+        tensor = (kernel.axes[name.startswith("out")],)
     else:
         tensor = ()
     return (None,) * (ndim - len(tensor)) + tensor

@@ -22,10 +22,13 @@ from jaxcl.models.layout import axes, layout, plain
 from jaxcl.models.spec import DecoderSpec
 from jaxcl.surgery.edit import Edit, Origin, operated
 
-READS = {"kernel": -2, "lora_a": -1, "bank_a": -1}
+READS = {"kernel": -2, "lora_a": -1, "bank_a": -1, "mlp_in": -2}
 """The axis of a tensor that reads units; all its other named axes write them."""
 
-SHARED = ("/lora_scale", "/bank_scale", "vocab_bias", "value_head/bias")
+SHARED = (
+    *("/lora_scale", "/bank_scale", "vocab_bias", "value_head/bias"),
+    *("/mlp_in_bias", "prefix/rows", "prefix/in", "prefix/in_bias"),
+)
 """Keys beside those of the layout whose entries are no units."""
 
 
@@ -66,7 +69,8 @@ def widen(world: World, to: Sizes, *, even: bool = False, seed: int = 0) -> Worl
     maps = _Maps(spec, to, even, seed)
     named, known = axes(spec, world.params), layout(spec)
     for path, x in world.params.items():
-        if x.ndim and not any(named[path]) and plain(path) not in known and not path.endswith(SHARED):
+        shared = path.removesuffix("_bank").endswith(SHARED)
+        if x.ndim and not any(named[path]) and plain(path) not in known and not shared:
             shape = list(x.shape)
             raise RequestError(f"{path!r} {shape} cannot be widened: which of its axes are units is not known")
     moved = {path: _origin(path, x, named[path], maps, spec.tied) for path, x in world.params.items()}
@@ -123,7 +127,7 @@ class _Maps:
 def _origin(path: str, x: Any, named: tuple[str | None, ...], maps: _Maps, tied: bool) -> Origin:
     stacked = is_stacked(path)
     rank = x.ndim - stacked
-    name = path.rpartition("/")[2]
+    name = path.rpartition("/")[2].removesuffix("_bank")
     layers = [int(p.split("/")[1]) if p.startswith("layers/") else -1 for p in concrete(path)]
     undivided = path == "embed/kernel" or (tied and path == "value_head/kernel")  # the last norm did that for it
     reads = None if undivided else READS.get(name)
@@ -136,7 +140,7 @@ def _origin(path: str, x: Any, named: tuple[str | None, ...], maps: _Maps, tied:
             continue
         counts = [np.bincount(c)[c].astype(np.float32) for c in found]
         index[axis], n = _stack(found, stacked), _stack(counts, stacked)
-        last = tied and path == "final_norm/scale"  # its copies are read by the embedding, which cannot divide
+        last = tied and path.startswith("final_norm/")  # its copies are read by the embedding, which cannot divide
         (value if axis == reads or last else gradient)[axis] = n
     parts = tuple((path, i if stacked else None) for i in range(len(layers)))
     return Origin(parts, rank, stacked=stacked, index=index, value=value, gradient=gradient)
