@@ -22,14 +22,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _STORE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import pytest  # noqa: E402
-
 
 def pytest_unconfigure() -> None:
     if _OURS:
         shutil.rmtree(_STORE, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def quick() -> None:
-    pass

@@ -14,7 +14,6 @@ from jaxcl.bench.sides import SIDES, chosen
 from jaxcl.bench.turns import Round, in_turn, summary
 from jaxcl.cli import main
 
-pytestmark = pytest.mark.usefixtures("quick")
 SHORT = ("--rows", "2", "--window", "16", "--targets", "4", "--rounds", "2", "--warm", "1")
 
 

@@ -18,8 +18,6 @@ from jaxcl.models.decoder import decoder
 from jaxcl.models.generate import generate
 from jaxcl.models.spec import tiny
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 ROWS = [
     {"id": "a", "context": "Question: one?\nAnswer:", "choices": ["yes", "no", "perhaps so"], "answer": 1},
     {"id": "b", "context": "Question: another?\nAnswer:  ", "choices": ["zürich", "rom"], "answer": 0},

@@ -15,8 +15,6 @@ from jaxcl.core.feed import lengths
 from jaxcl.core.types import Ctx, Method, Phase
 from jaxcl.errors import RequestError
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def sampled(forward, train, batch, key):
     """Two tokens after each row's first three."""

@@ -244,7 +244,7 @@ def test_the_copied_loop_stops_early_with_its_best_weights(own_loop, names):
     assert np.mean(early.rows[2]) < np.mean(plain.rows[2]) + 0.05, "fewer steps, no worse on rows that decided nothing"
 
 
-def test_without_its_change_the_copied_loop_is_the_loop(own_loop, tmp_path, quick):  # from here on compiled fast
+def test_without_its_change_the_copied_loop_is_the_loop(own_loop, tmp_path):  # from here on compiled fast
     """Adapters, memories on device and on host, mixed streams: the same weights, bit for bit."""
     methods = lambda: [lora(rank=2, dropout=0.1), ewc(strength=20.0, rows=8), replay(ratio=0.5, capacity=12)]  # noqa: E731
     theirs = run(methods(), tmp_path / "out", n=2)
@@ -274,7 +274,7 @@ def drawn(tree):
 
 
 @pytest.mark.parametrize("make", TREES.values(), ids=TREES.keys())
-def test_penalty_fisher_and_mofo_take_any_pytree(make, quick):
+def test_penalty_fisher_and_mofo_take_any_pytree(make):
     theta, anchor, f, g = (drawn(make()) for _ in range(4))
     leaves = [[np.asarray(x, np.float64) for x in jax.tree.leaves(t)] for t in (theta, anchor, f, g)]
     want = 0.5 * sum(np.sum(w * (p - a) ** 2) for p, a, w, _ in zip(*leaves))

@@ -20,8 +20,6 @@ from jaxcl.models.stacking import restack
 from jaxcl.models.taps import tap_names
 from jaxcl.surgery.adapters import add_lora
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 SIZES = {"vocab": 40, "width": 16, "heads": 4, "kv_heads": 2, "head_dim": 6, "mlp": 24, "context": 64}
 LOCAL, GLOBAL = "local", "block"
 GEMMA = tiny(

@@ -61,7 +61,6 @@ def test_masked_mean_ignores_the_rest_even_nan():
     assert float(masked_mean(values, jnp.zeros(3, bool))) == 0.0
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_teacher_is_the_model_at_the_end_of_the_stage_before(tmp_path):
     """Nothing is distilled in the first stage; the teacher kept after two stages is what one stage less left."""
     two = run([lwf()], tmp_path / "two", n=2)
@@ -74,7 +73,6 @@ def test_the_teacher_is_the_model_at_the_end_of_the_stage_before(tmp_path):
         np.testing.assert_array_equal(teacher[key], value)
 
 
-@pytest.mark.usefixtures("quick")
 def test_cached_logits_of_all_tokens_teach_as_the_snapshot_does(tmp_path):
     """k = V: one precomputed forward per row against one a step."""
     live = run([lwf(rows="new")], tmp_path / "live", n=2)
@@ -82,7 +80,6 @@ def test_cached_logits_of_all_tokens_teach_as_the_snapshot_does(tmp_path):
     np.testing.assert_allclose(cached.losses(), live.losses(), rtol=1e-5)
 
 
-@pytest.mark.usefixtures("quick")
 def test_rows_say_who_is_taught(tmp_path):
     """Without replay there are no old rows; with it, old and new rows together make up all."""
     none = run([lwf(rows="old")], tmp_path / "none", n=2)

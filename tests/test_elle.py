@@ -18,7 +18,6 @@ from jaxcl.models.layout import layout
 from jaxcl.surgery.depth import Layer
 from jaxcl.surgery.width import Sizes
 
-pytestmark = pytest.mark.usefixtures("quick")
 STEPS = ({"layers": 1, "heads": 2}, {"mlp": 8, "width": 0})
 SGD = optax.sgd(0.05)
 

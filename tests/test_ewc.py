@@ -84,7 +84,7 @@ def by_tools():
     return b.world, world.tools.mean(empirical, None, world.key)
 
 
-def test_fisher_is_the_mean_of_per_example_squares(by_tools, quick):
+def test_fisher_is_the_mean_of_per_example_squares(by_tools):
     world, found = by_tools
     train = {k: v for k, v in world.params.items() if k in world.trained}
     source = Answers("s0", 10, seed=0)
@@ -104,7 +104,7 @@ def test_fisher_is_the_mean_of_per_example_squares(by_tools, quick):
         assert not np.allclose(found[k], each.mean(0) ** 2, rtol=0.1), "the square of the mean is another thing"
 
 
-def test_batches_of_one_row_give_the_same_fisher(by_tools, quick):
+def test_batches_of_one_row_give_the_same_fisher(by_tools):
     world, found = by_tools
     b = Between(experiment([lora(rank=2, dropout=0.5)], n=1, rows=10, batch_size=1), lambda: None)
     b.begin(0)
@@ -215,7 +215,7 @@ ADAPTER = {"rank": 2, "alpha": 4.0, "dropout": 0.0}
 @pytest.mark.parametrize(
     "make", [lambda: lora(merged=True, **ADAPTER), lambda: olora(max_stages=3, **ADAPTER)], ids=["merged", "olora"]
 )
-def test_a_fresh_adapter_is_anchored_where_it_starts(make, first, quick):
+def test_a_fresh_adapter_is_anchored_where_it_starts(make, first):
     """What moved into the base or the bank must not pull the new adapter: the penalty starts at zero."""
     b = Between(experiment([ewc(rows=8), make()] if first else [make(), ewc(rows=8)], n=2), lambda: None)
     b.begin(0)

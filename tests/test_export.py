@@ -34,7 +34,6 @@ from jaxcl.models.spec import tiny
 from jaxcl.models.stacking import restack
 from jaxcl.models.tokenizer import ByteTokenizer, from_folder
 
-pytestmark = pytest.mark.usefixtures("quick")
 HF_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 NAMES = {"attn/q": "self_attn.q_proj", "mlp/down": "mlp.down_proj"}  # the sites of bases.LORA
@@ -51,13 +50,13 @@ def base(room) -> Path:
 
 
 @pytest.fixture(scope="module")
-def banked(room, base, quick) -> support.Done:
+def banked(room, base) -> support.Done:
     """O-LoRA over two stages: a live adapter and one filled slot of fifteen at each of four sites."""
     return bases.run(base, [olora(**bases.LORA)], room / "olora")
 
 
 @pytest.fixture(scope="module")
-def full(room, base, quick) -> support.Done:
+def full(room, base) -> support.Done:
     return bases.run(base, [finetune()], room / "full")
 
 
@@ -192,7 +191,7 @@ def test_stacking_changes_no_byte_of_an_export(banked, tmp_path):
         assert (tmp_path / "single" / file).read_bytes() == (tmp_path / "stacked" / file).read_bytes()
 
 
-def test_a_stacked_run_whose_base_lies_in_single_layers(room, base, quick):
+def test_a_stacked_run_whose_base_lies_in_single_layers(room, base):
     model, params, _, _ = fetch.load(str(base))
     stacked, spec = restack(params, model.spec, support.STACK)
     done = bases.run(base, [lora(**bases.LORA)], room / "stacked", n=1, spec=spec, params=stacked)
@@ -262,7 +261,7 @@ def test_what_the_decoder_does_not_read_is_left_out_and_what_it_lacks_is_refused
         merged(support.SPEC, params | {"layers/0/attn/q/gate": np.ones(1, np.float32)})
 
 
-def test_a_grown_model_has_the_layers_of_its_journal(room, base, quick):
+def test_a_grown_model_has_the_layers_of_its_journal(room, base):
     """LLaMA Pro: copies between the given layers, which get other numbers and stay references to what was given."""
     done = bases.run(base, [llama_pro(groups=2)], room / "grown", n=1)
     export(str(done.out), "hf", str(room / "grown-hf"))
@@ -318,7 +317,7 @@ def build(cfg):
 """
 
 
-def test_weights_that_an_experiment_makes_are_made_again(tmp_path, quick):
+def test_weights_that_an_experiment_makes_are_made_again(tmp_path):
     file, run = tmp_path / "scratch.py", tmp_path / "run"
     file.write_text(EXPERIMENT.replace("SOURCE", "cfg.seed"))
     run_experiment(str(file), ["seed=3", "inner.width=16", "rows=12"], out=str(run))

@@ -25,7 +25,7 @@ from jaxcl.models.export_tokenizer import write_tokenizer
 from jaxcl.models.safetensors_file import read_safetensors
 from jaxcl.models.tokenizer import ByteTokenizer
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick")]
+pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -55,7 +55,7 @@ def base(room):
 
 
 @pytest.fixture(scope="module")
-def runs(room, base, quick):
+def runs(room, base):
     """{method: a run of two stages}, made when asked for."""
     made: dict[str, support.Done] = {}
 

@@ -25,16 +25,8 @@ def here(out: Path, *settings: str) -> int:
     return killed.here(EXPERIMENT, out, *(settings or SETTINGS))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cached(quick):
-    """What this process compiles serves its children, which compile in the same way."""
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-
-
 @pytest.fixture(scope="module")
-def whole(cached, tmp_path_factory) -> Path:
+def whole(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
     assert here(out) == 0
     return out

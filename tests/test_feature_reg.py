@@ -17,7 +17,6 @@ from jaxcl.methods.feature_reg import POSITIONS, feature_reg
 from jaxcl.methods.lora import lora
 from jaxcl.methods.replay import replay
 
-pytestmark = pytest.mark.usefixtures("quick")
 rng = np.random.default_rng(0)
 S, T = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)
 MASK = rng.uniform(size=(3, 5)) < 0.7

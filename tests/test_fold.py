@@ -16,7 +16,6 @@ from jaxcl.methods.olora import olora
 from jaxcl.models.stacking import restack
 from jaxcl.surgery.adapters import fold_banks
 
-pytestmark = pytest.mark.usefixtures("quick")
 rng = np.random.default_rng(0)
 HOW = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "max_stages": 3, "targets": ("attn/*", "mlp/*")}
 

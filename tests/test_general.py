@@ -19,8 +19,6 @@ from jaxcl.evaluate.general import FORMS, SUITE, Draw, choice_rows, general_suit
 from jaxcl.models.decoder import decoder
 from jaxcl.models.spec import tiny
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 ARC = {
     "task": "ARC-Easy",
     "id": "7",

@@ -22,7 +22,6 @@ from jaxcl.methods.lwf import lwf
 from jaxcl.methods.replay import replay
 from jaxcl.models.decoder import decoder
 
-pytestmark = pytest.mark.usefixtures("quick")
 MARK, END = 50, 51
 
 

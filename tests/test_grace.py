@@ -33,7 +33,6 @@ from jaxcl.models.generate import generate
 from jaxcl.models.stacking import restack
 from jaxcl.surgery.codebook import lookup
 
-pytestmark = pytest.mark.usefixtures("quick")
 SPEC = dataclasses.replace(support.SPEC, layers=3, segments=())
 MODEL = decoder(SPEC)
 SITE = "layers/1/mlp/down"

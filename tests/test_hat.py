@@ -24,7 +24,6 @@ from jaxcl.methods.hat import hat, masks
 from jaxcl.methods.replay import replay
 from jaxcl.transforms.hat import anneal, bounded, compensate, protect, soft_step, sparsity
 
-pytestmark = pytest.mark.usefixtures("quick")
 SITES = ("layers/0/mlp/down", "layers/1/mlp/down")
 RNG = np.random.default_rng(0)
 
@@ -199,7 +198,7 @@ def recorder(task: int, seen: list) -> Eval:
 
 
 @pytest.fixture(scope="module")
-def three(quick, tmp_path_factory):
+def three(tmp_path_factory):
     """Three tasks under weight decay, with masks that are 0 or 1 in float32. (run, outputs by task and row)"""
     seen: dict[int, list] = {t: [] for t in range(3)}
     stages = [Stage(f"s{t}", Answers(f"s{t}", 32, seed=t), evals=(f"e{t}",)) for t in range(3)]

@@ -23,7 +23,6 @@ from jaxcl.models.export_hf import merged
 from jaxcl.models.layout import axes
 from jaxcl.surgery.scales import folded
 
-pytestmark = pytest.mark.usefixtures("quick")
 RNG = np.random.default_rng(0)
 SITES = {f"layers/{i}/{s}" for i in range(2) for s in ("attn/k/out_delta", "attn/v/out_delta", "mlp/down/in_delta")}
 
@@ -150,7 +149,7 @@ def test_it_goes_beside_lora(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def told(quick, tmp_path_factory):
+def told(tmp_path_factory):
     """Three tasks with vectors of their own and room for two."""
     return watched([ia3(per_task=True, max_stages=2)], tmp_path_factory.mktemp("ia3") / "out")
 

@@ -19,7 +19,6 @@ from jaxcl.methods.l2_sp import distance, l2_sp
 from jaxcl.methods.lora import lora
 from jaxcl.methods.olora import olora
 
-pytestmark = pytest.mark.usefixtures("quick")
 rng = np.random.default_rng(0)
 SHAPES = {"a/kernel": (4, 3), "norm/scale": (4,), "a/bias": (3,), "head/kernel": (3, 2), "frozen/kernel": (2, 2)}
 
@@ -127,7 +126,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("anchor", ["start", "previous"])
 @pytest.mark.parametrize("name", MAKERS)
-def test_adapters_are_held_by_what_they_add_to_their_kernels(name, anchor, quick):
+def test_adapters_are_held_by_what_they_add_to_their_kernels(name, anchor):
     method = l2_sp(strength=1.0, anchor=anchor)
     b = Between(experiment([method, MAKERS[name]()], n=3), lambda: None)
     first = None

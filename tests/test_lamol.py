@@ -29,7 +29,6 @@ from jaxcl.models.decoder import decoder
 from jaxcl.models.generate import generate
 from jaxcl.surgery.vocabulary import BIAS, CLOSED
 
-pytestmark = pytest.mark.usefixtures("quick")
 START, MARK = 40, 50
 
 

@@ -232,7 +232,7 @@ def test_a_plan_that_removes_every_phase_is_refused():
 # memories in a run
 
 
-def test_no_method_touches_anothers_memory(tmp_path, quick):
+def test_no_method_touches_anothers_memory(tmp_path):
     """A counter and a moving average beside each other, and alone: the same memories."""
 
     def counter() -> Method:
@@ -267,7 +267,7 @@ class Poisoned(Answers):
         return example | {"weight": example["weight"] * np.float32("nan" if i == 5 else 1)}
 
 
-def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, quick):
+def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     line = [*stages(1), Stage("bad", Poisoned("bad", 64, seed=1)), *stages(3)[2:]]
     with pytest.raises(RunFailed) as error:
         run([lora(rank=2)], tmp_path / "out", stages=line, save_every=1, batch_size=4)
@@ -286,7 +286,7 @@ def test_nan_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path, quick):
     assert len(logged) == step, "every step before the bad one, and not that one"
 
 
-def test_weights_that_are_nan_are_found_at_the_first_step(tmp_path, quick):
+def test_weights_that_are_nan_are_found_at_the_first_step(tmp_path):
     params = weights()
     params["final_norm/scale"] = params["final_norm/scale"].at[3].set(jnp.nan)
     with pytest.raises(RunFailed, match="stage 's0', phase 'train', step 0 "):

@@ -24,7 +24,6 @@ from jaxcl.models.spec import tiny
 from jaxcl.models.stacking import restack
 from jaxcl.surgery.depth import Layer, deepen, grouped, without
 
-pytestmark = pytest.mark.usefixtures("quick")
 FOUR = dataclasses.replace(SPEC, layers=4, segments=())
 KINDS = {
     "llama": FOUR,

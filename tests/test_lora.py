@@ -151,7 +151,7 @@ def test_merging_at_the_end_keeps_the_function(hidden):
     assert b.world.params.keys() == keys, "nothing grows"
 
 
-def test_with_one_task_incremental_lora_is_lora(tmp_path, quick):
+def test_with_one_task_incremental_lora_is_lora(tmp_path):
     same = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
     one = run([lora(**same)], tmp_path / "lora", n=1)
     inc = run([inclora(max_stages=3, **same)], tmp_path / "inc", n=1)

@@ -19,7 +19,6 @@ from jaxcl.losses.positions import prompt_end
 from jaxcl.losses.sensitivity import hidden, logits
 from jaxcl.methods.mas import mas
 
-pytestmark = pytest.mark.usefixtures("quick")
 rng = np.random.default_rng(0)
 
 
@@ -71,7 +70,7 @@ def test_where_a_prompt_ends():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick):
+def trained(tmp_path_factory):
     """Two stages of ten rows in batches of eight, every row asked."""
     return run([mas(strength=0.1, rows=None)], tmp_path_factory.mktemp("mas") / "out", n=2, rows=10)
 
@@ -115,7 +114,7 @@ def asked(method, source: Answers) -> dict:
     return to_numpy(b.owns["mas"]["fixed"]["omega"])
 
 
-def test_padding_does_not_count_and_answers_do_not_matter(quick):
+def test_padding_does_not_count_and_answers_do_not_matter():
     source, other = Answers("s0", 10, seed=0), Answers("s0", 10, seed=0)
     other.answers = [a[::-1] + 1 for a in other.answers]
     got, again = (asked(mas(rows=None), s) for s in (source, other))

@@ -24,7 +24,7 @@ def found(tmp_path_factory) -> dict[str, np.ndarray]:
 def runs(out: Path, *what: str) -> dict[str, np.ndarray]:
     """What a process with eight devices found, see mesh_runs.py."""
     above = [str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": os.pathsep.join(above)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(above)}
     done = subprocess.run([sys.executable, str(SCRIPT), str(out), *what], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"devices": 8}

@@ -48,7 +48,6 @@ from jaxcl.models.layout import layout
 from jaxcl.surgery.depth import without
 from jaxcl.transforms.mofo import mofo
 
-pytestmark = pytest.mark.usefixtures("quick")
 SMALL = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
 BANK = SMALL | {"max_stages": 3}
 ROWS: dict[str, Callable[[], Method]] = {

@@ -18,7 +18,6 @@ from jaxcl.data.pipeline import batches
 from jaxcl.errors import RequestError
 from jaxcl.methods.mir import mir, tables
 
-pytestmark = pytest.mark.usefixtures("quick")
 rng = np.random.default_rng(0)
 LR = 0.1
 
@@ -146,7 +145,7 @@ def batch() -> dict:
     return found | dict.fromkeys(("source", "stage"), np.zeros(8, np.int32))
 
 
-def test_a_step_ahead_is_the_step_that_follows_and_leaves_no_trace(batch, quick):
+def test_a_step_ahead_is_the_step_that_follows_and_leaves_no_trace(batch):
     """Adam with moments of three steps and a projection behind it; what was looked at goes into the log."""
 
     def looking(grad_fn, own, clock):

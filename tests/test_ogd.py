@@ -17,7 +17,6 @@ from jaxcl.methods.lora import lora
 from jaxcl.methods.ogd import gold_gradients, ogd
 from jaxcl.transforms.orthogonal import coordinates, empty, extend, outside
 
-pytestmark = pytest.mark.usefixtures("quick")
 rng = np.random.default_rng(0)
 SHAPES = {"a": (6, 5), "b": (10,)}
 SIZE = 40
@@ -147,7 +146,7 @@ def test_only_the_exact_form_projects_what_an_optimizer_made_of_the_gradient():
 
 
 @pytest.fixture(scope="module")
-def grown(tmp_path_factory, quick):
+def grown(tmp_path_factory):
     """Three stages on a basis made for one, by SGD on adapters."""
     methods = [ogd(rows=4, max_stages=1), lora(rank=2, alpha=8.0, dropout=0.0)]
     return run(methods, tmp_path_factory.mktemp("ogd") / "out", tx=optax.sgd(0.05))

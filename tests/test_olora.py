@@ -83,7 +83,7 @@ def terms(method, params: dict) -> dict:
     return method.loss(Ctx(params, None, {}, None, None, None, None, None))
 
 
-def test_the_loss_is_the_papers_and_the_codes(quick):
+def test_the_loss_is_the_papers_and_the_codes():
     for norm in ("l1", "l2sq"):
         method = olora(strength=0.5, norm_strength=0.1, norm=norm, **SMALL)
         b = second_stage(method)
@@ -97,7 +97,7 @@ def test_the_loss_is_the_papers_and_the_codes(quick):
         np.testing.assert_allclose(found["norm"], 0.1 * norms, rtol=1e-5)
 
 
-def test_orthogonality_is_felt_by_the_new_a_alone(quick):
+def test_orthogonality_is_felt_by_the_new_a_alone():
     method = olora(strength=0.5, **SMALL)
     b = second_stage(method)
     train = {k: b.world.params[k] for k in b.world.trained}
@@ -106,7 +106,7 @@ def test_orthogonality_is_felt_by_the_new_a_alone(quick):
     assert all(np.any(g) == k.endswith("/lora_a") for k, g in grads.items())
 
 
-def test_it_leaves_other_adapters_alone(quick):
+def test_it_leaves_other_adapters_alone():
     """O-LoRA on q beside IncLoRA on v: the penalty knows its own sites only."""
     mine = olora(strength=0.5, targets=("attn/q",), **SMALL)
     b = second_stage(mine, inclora(targets=("attn/v",), **SMALL))
@@ -116,7 +116,7 @@ def test_it_leaves_other_adapters_alone(quick):
     assert {k.split("/")[3] for k in b.world.trained} == {"q", "v"}
 
 
-def test_nothing_to_be_orthogonal_to_in_the_first_stage(tmp_path, quick):
+def test_nothing_to_be_orthogonal_to_in_the_first_stage(tmp_path):
     done = run([olora(strength=0.5, norm_strength=0.1, **SMALL | {"dropout": 0.1})], tmp_path / "out", n=2)
     first, second = ([r["olora/orthogonality"] for r in done.log if r["stage"] == s] for s in (0, 1))
     assert not any(first) and all(second)

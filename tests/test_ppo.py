@@ -30,7 +30,6 @@ from jaxcl.methods.rho1 import rho1
 from jaxcl.methods.rollouts import averaging
 from jaxcl.surgery.width import Sizes, widen
 
-pytestmark = pytest.mark.usefixtures("quick")
 STOPS, NEW, COEF = (1, 2, 3, 4, 5, 6, 8, 9), 5, 0.3
 SMALL = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
 STILL = SMALL | {"dropout": 0.0}
@@ -86,13 +85,13 @@ def by_row(c: Collected, params, b: int, n: int) -> tuple[np.ndarray, np.ndarray
 
 
 @pytest.fixture(scope="module")
-def one(quick) -> Collected:
+def one() -> Collected:
     how = {"max_new": NEW, "stop_ids": STOPS, "kl_coef": COEF, "ptx": 0.5, "gamma": 0.9, "lam": 0.8}
     return Collected(ppo(reward="token:7", **how), inner="old")
 
 
 @pytest.fixture(scope="module")
-def group(quick) -> Collected:
+def group() -> Collected:
     return Collected(grpo(reward="token:7", group=3, max_new=NEW, stop_ids=STOPS, beta=0.1))
 
 

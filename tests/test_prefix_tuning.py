@@ -26,7 +26,6 @@ from jaxcl.models.layout import axes
 from jaxcl.models.prefix import MAP, NAMES
 from jaxcl.surgery.prefixes import collapsed
 
-pytestmark = pytest.mark.usefixtures("quick")
 RNG = np.random.default_rng(0)
 SPECS = {
     "plain": SPEC,
@@ -175,7 +174,7 @@ def test_what_trains_and_how_large_it_is(tmp_path):
 
 
 @pytest.fixture(scope="module", params=[0, 5], ids=["keys", "network"])
-def told(request, quick, tmp_path_factory):
+def told(request, tmp_path_factory):
     method = prefix_tuning(length=3, hidden=request.param, per_task=True, max_stages=2)
     return watched([method], tmp_path_factory.mktemp("told") / "out")
 

@@ -13,8 +13,6 @@ from jaxcl import experiment_files
 from jaxcl.cli import main
 from jaxcl.registry import TABLES
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 SMALL = ("width=16", "layers=1", "window=16", "batch_size=4", "lr=0.02", "replay_ratio=0.5")
 
 

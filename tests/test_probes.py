@@ -22,8 +22,6 @@ from jaxcl.models.decoder import decoder
 from jaxcl.models.generate import generate
 from jaxcl.models.spec import tiny
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 ROWS = [
     {"id": "0", "relation": "P1", "prompt": "Rome is in", "answers": ["Italy"], "paraphrases": ["Rome lies in", "in"]},
     {"id": "1", "relation": "P1", "prompt": "Bern is in", "answers": ["Swiss", "CH"], "paraphrases": []},

@@ -32,7 +32,7 @@ def free_port() -> int:
 def started(out: Path, processes: int, *settings: str, pause: str = "0.02", mesh: dict | None = None) -> list:
     """The run in so many processes of one device each."""
     env = os.environ | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAXCL_TEST_PAUSE": pause,
+        "JAXCL_TEST_PAUSE": pause,
         "PYTHONPATH": os.pathsep.join([str(EXPERIMENT.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }  # fmt: skip
     env.pop("XLA_FLAGS", None)

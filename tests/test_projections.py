@@ -100,7 +100,6 @@ def test_the_margin_bounds_the_dual_variables():
     np.testing.assert_allclose(nonnegative_qp(k, b, jnp.array([0.5, 0.5]), 50), [0.5, 2.85], atol=1e-5)
 
 
-@pytest.mark.usefixtures("quick")
 def test_constraints_hold_from_the_second_stage_on(tmp_path):
     lists = {"plain": [], "agem": [agem(capacity=8)], "gem": [gem(capacity=8)]}
     plain, one, many = (run(methods, tmp_path / name, n=2) for name, methods in lists.items())
@@ -118,7 +117,6 @@ def test_bad_values_are_refused(make):
         make()
 
 
-@pytest.mark.usefixtures("quick")
 def test_more_stages_than_gem_was_made_for_are_refused(tmp_path):
     with pytest.raises(RequestError, match="max_stages=2"):
         run([gem(capacity=8, max_stages=2)], tmp_path / "run", n=3)

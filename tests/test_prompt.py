@@ -18,7 +18,6 @@ from jaxcl.models.layout import axes
 from jaxcl.models.prompt import ROWS, VALID, produced
 from jaxcl.models.spec import tiny
 
-pytestmark = pytest.mark.usefixtures("quick")
 P, T = 3, 7
 LOCAL = tiny(
     vocab=32, layers=2, width=16, heads=2, kv_heads=1, mlp=32, context=64, window=4, embed_scale=4.0,

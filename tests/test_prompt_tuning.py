@@ -18,8 +18,6 @@ from jaxcl.methods.prompt_tuning import prompt_tuning
 from jaxcl.models.export_hf import merged
 from jaxcl.models.prompt import ROWS
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def begun(method, n=2, **kw) -> Between:
     between = Between(experiment([method], n=n, **kw), lambda: None)
@@ -44,7 +42,7 @@ def test_a_prompt_begins_as_embeddings_of_words_and_alone_trains():
 
 
 @pytest.fixture(scope="module")
-def through(quick, tmp_path_factory):
+def through(tmp_path_factory):
     """Two stages through a network, one prompt for both."""
     return run([prompt_tuning(length=3, hidden=5)], tmp_path_factory.mktemp("net") / "out", n=2)
 
@@ -72,7 +70,7 @@ def test_collapsing_keeps_the_function_and_the_next_network_starts_from_it(batch
 
 
 @pytest.fixture(scope="module", params=[0, 5], ids=["rows", "network"])
-def told(request, quick, tmp_path_factory):
+def told(request, tmp_path_factory):
     method = prompt_tuning(length=3, hidden=request.param, per_task=True, max_stages=2)
     return watched([method], tmp_path_factory.mktemp("told") / "out")
 

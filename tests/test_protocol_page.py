@@ -21,7 +21,6 @@ from jaxcl.data.pipeline import batches
 from jaxcl.errors import RequestError
 from jaxcl.transforms.rewarm import rewarm_rate
 
-pytestmark = pytest.mark.usefixtures("quick")
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "protocol.md").read_text(encoding="utf-8")
 rng = np.random.default_rng(0)
 

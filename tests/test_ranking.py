@@ -20,8 +20,6 @@ from jaxcl.metrics.pooling import pooled
 from jaxcl.models.decoder import decoder, head
 from jaxcl.models.spec import tiny
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 JITTED: dict = {}
 LABELS = ["red", "dark blue", "red wine", "g"]
 

@@ -142,7 +142,6 @@ def test_herding_gives_up_the_last_chosen_as_classes_come():
     assert second.labels.tolist() == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
 
 
-@pytest.mark.usefixtures("quick")
 def test_herding_in_a_stage_asks_the_model_at_its_end():
     b = Between(experiment([replay(policy="herding", capacity=6)], n=2, rows=10), lambda: None)
     b.begin(0)
@@ -183,7 +182,6 @@ def test_a_count_is_a_number_of_rows():
         assert all(s.share * len(s.rows) == pytest.approx(3) for s in phase.streams[1:])
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_capacity_in_bytes_is_one_in_rows_and_its_budget_holds():
     row = sum(np.asarray(x).nbytes for x in experiment([]).stages[0].train[0].values())
     *_, phase = planned(replay(capacity=None, capacity_bytes=5 * row + 1))
@@ -226,7 +224,6 @@ def test_bursts_of_old_rows_after_every_so_many_new_ones():
         list(planned(replay(mixing="sparse"), steps=3))
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_loss_of_its_own_on_old_rows(tmp_path):
     """In every step of the second stage, logged by itself; its gradient is strength times that of the rows' mean."""
     done = run([replay(mixing="joint", strength=0.5, capacity=8)], tmp_path / "joint", n=2, tx=optax.sgd(0.1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -52,16 +51,8 @@ class Broken:
         assert final(out) == final(self.whole)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cached(quick, tmp_path_factory):
-    """What this process compiles serves its children, which compile in the same way."""
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-
-
 @pytest.fixture(scope="module")
-def broken(cached, tmp_path_factory) -> Broken:
+def broken(tmp_path_factory) -> Broken:
     return Broken(tmp_path_factory.mktemp("replay-ewc"), REPLAY_EWC)
 
 

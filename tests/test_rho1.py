@@ -25,7 +25,6 @@ from jaxcl.methods.rho1 import rho1
 from jaxcl.models.decoder import decoder
 from jaxcl.models.tokenizer import ByteTokenizer
 
-pytestmark = pytest.mark.usefixtures("quick")
 RNG = np.random.default_rng(0)
 APPLY = jax.jit(MODEL.apply, static_argnums=0)  # one program, not one an operation
 

@@ -57,7 +57,6 @@ def test_a_loop_without_a_clock_is_told_so():
         rewarm().update({"w": jnp.zeros(1)}, optax.EmptyState())
 
 
-@pytest.mark.usefixtures("quick")
 def test_every_stage_warms_up_again_and_the_infinite_schedule_does_not(tmp_path):
     """Plain descent: a first step at rate 0 moves nothing, so the loss of two equal batches would be equal."""
     again = run([], tmp_path / "again", n=2, tx=rewarm(peak=0.1, warmup=1.0))

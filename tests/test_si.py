@@ -59,7 +59,6 @@ def test_the_penalty_has_no_factor_one_half():
     assert float(term) == pytest.approx(0.25 * (2 * 1 + 4 * 9))
 
 
-@pytest.mark.usefixtures("quick")
 def test_consolidation_in_a_run(tmp_path):
     """Omega from what the run itself logged of start and end; nothing in the first stage, then a penalty."""
     tx = optax.sgd(0.1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
 from pathlib import Path
@@ -12,14 +11,6 @@ import pytest
 from killed import final, kill_at_random, outside
 
 EXPERIMENT = Path(__file__).with_name("soak_experiment.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(quick):
-    """The processes compile fast, all in the same way, and share what they compiled."""
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
 
 
 def unbroken(out: Path, *settings: str) -> list[dict[str, int]]:

@@ -23,7 +23,6 @@ from jaxcl.models.t5_positions import bucket_of, bucket_table
 from jaxcl.models.t5_rows import sides
 from jaxcl.models.t5_spec import T5Spec, axes, layout, tap_names, tiny_t5
 
-pytestmark = pytest.mark.usefixtures("quick")
 SPEC = SPECS["v1.1"]
 
 
@@ -33,7 +32,7 @@ def params() -> dict[str, jax.Array]:
 
 
 @pytest.fixture(scope="module")
-def out(params, quick) -> Outputs:
+def out(params) -> Outputs:
     return whole(SPEC, params, batch(texts()))
 
 

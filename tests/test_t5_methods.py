@@ -31,7 +31,6 @@ from jaxcl.models.t5_hf import foreign_name, t5_config
 from jaxcl.models.t5_spec import T5Spec, tiny_t5
 from jaxcl.models.tokenizer import ByteTokenizer
 
-pytestmark = pytest.mark.usefixtures("quick")
 SPEC = T5Spec(vocab=32, width=16, layers=1, heads=2, head_dim=8, mlp=32, gated=True, tied=False)
 REFUSED = {
     "generative replay": "a model with an encoder does not write prompts",
@@ -98,7 +97,7 @@ ITEMS = [
 
 
 @pytest.fixture(scope="module")
-def view(quick) -> View:
+def view() -> View:
     spec = tiny_t5(layers=1, width=16, heads=2)
     model = t5(spec)
     made = View(model)

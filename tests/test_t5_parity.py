@@ -21,7 +21,7 @@ from jaxcl.models.t5 import apply, head
 from jaxcl.models.t5_positions import bucket_of
 from jaxcl.models.tokenizer import BPETokenizer
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick")]
+pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
