@@ -39,7 +39,8 @@ def theirs(kind: str, **sizes):
     )
     model = transformers.T5ForConditionalGeneration(config)
     if not tied:
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
+        drawn_head = torch.randn_like(model.shared.weight) * config.d_model**-0.5  # logits of size 1, as v1.0's are
+        model.lm_head.weight = torch.nn.Parameter(drawn_head)
     return model.eval()
 
 
