@@ -34,6 +34,8 @@ _HOME = {
     "jaxcl.methods.ia3": "ia3",
     "jaxcl.methods.prompt_tuning": "prompt_tuning",
     "jaxcl.methods.prefix_tuning": "prefix_tuning",
+    "jaxcl.methods.progressive_prompts": "progressive_prompts",
+    "jaxcl.methods.bottleneck": "bottleneck",
     "jaxcl.methods.inclora": "inclora",
     "jaxcl.methods.joint": "joint",
     "jaxcl.methods.l2_sp": "l2_sp",

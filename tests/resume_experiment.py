@@ -13,6 +13,7 @@ from jaxcl.core.experiment import Experiment
 from jaxcl.data.stage import Stage
 from jaxcl.errors import unknown
 from jaxcl.methods.agem import agem
+from jaxcl.methods.bottleneck import bottleneck
 from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.feature_reg import feature_reg
@@ -37,6 +38,7 @@ from jaxcl.methods.ogd import ogd
 from jaxcl.methods.olora import olora
 from jaxcl.methods.ppo import ppo
 from jaxcl.methods.prefix_tuning import prefix_tuning
+from jaxcl.methods.progressive_prompts import progressive_prompts
 from jaxcl.methods.prompt_tuning import prompt_tuning
 from jaxcl.methods.replay import replay
 from jaxcl.methods.rho1 import rho1
@@ -77,6 +79,8 @@ METHODS = {
     "ia3": lambda: ia3(per_task=True, max_stages=2),
     "prompt_tuning": lambda: prompt_tuning(length=3, hidden=5, per_task=True, max_stages=2),
     "prefix_tuning": lambda: prefix_tuning(length=3, hidden=5, per_task=True, max_stages=2),
+    "progressive_prompts": lambda: progressive_prompts(length=3, hidden=5, max_stages=2),
+    "bottleneck": lambda: bottleneck(width=3, norms=True, per_task=True, router="perplexity", max_stages=2),
     "llama_pro": lambda: llama_pro(groups=2),
     "elle": lambda: elle(growth=({"heads": 2, "layers": 1},), capacity=20, recover=4, segments=2),
     "ppo": lambda: ppo(reward="token:7", max_new=4, ptx=0.1, reference="ema"),

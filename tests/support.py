@@ -32,7 +32,7 @@ MODEL = decoder(SPEC)
 forward = jax.jit(MODEL.apply, static_argnums=0, static_argnames=("taps", "train"))
 STACK = ((("block",), 2),)  # both layers under one key
 WINDOW, TARGETS = 12, 3
-TOLD = {"hat"}  # methods that have to be told the task, beside those whose `per_task` says so
+TOLD = {"hat", "progressive_prompts"}  # methods that have to be told the task, beside those whose `per_task` says so
 
 
 class Answers:
@@ -81,8 +81,8 @@ def experiment(
     kw = {"tx": optax.adam(3e-3), "batch_size": 8, "save_every": 0, "mesh": {"data": 1}, "stages": stages(n, rows)} | kw
     kw.setdefault("params", weights(spec))
     exp = Experiment(model=model_of(spec), methods=methods, **kw)
-    told = TOLD & {m.name for m in methods} or any(m.hparams.get("per_task") for m in methods)
-    return til(exp) if told else exp
+    by_task = [m for m in methods if m.hparams.get("per_task") and not m.hparams.get("router")]
+    return til(exp) if by_task or TOLD & {m.name for m in methods} else exp
 
 
 @dataclasses.dataclass

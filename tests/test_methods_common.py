@@ -16,6 +16,7 @@ from jaxcl.core.between import Between
 from jaxcl.core.types import Method
 from jaxcl.errors import RequestError
 from jaxcl.methods.agem import agem
+from jaxcl.methods.bottleneck import bottleneck
 from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.feature_reg import feature_reg
@@ -40,6 +41,7 @@ from jaxcl.methods.ogd import ogd
 from jaxcl.methods.olora import olora
 from jaxcl.methods.ppo import ppo
 from jaxcl.methods.prefix_tuning import prefix_tuning
+from jaxcl.methods.progressive_prompts import progressive_prompts
 from jaxcl.methods.prompt_tuning import prompt_tuning
 from jaxcl.methods.replay import replay
 from jaxcl.methods.rho1 import rho1
@@ -85,6 +87,9 @@ ROWS: dict[str, Callable[[], Method]] = {
     "prompt_tuning by task": lambda: prompt_tuning(length=3, hidden=5, per_task=True, max_stages=3),
     "prefix_tuning": lambda: prefix_tuning(length=3, hidden=0),
     "prefix_tuning by task": lambda: prefix_tuning(length=3, hidden=5, per_task=True, max_stages=3),
+    "progressive_prompts": lambda: progressive_prompts(length=3, hidden=5, max_stages=3),
+    "bottleneck": lambda: bottleneck(width=3),
+    "bottleneck routed": lambda: bottleneck(width=3, norms=True, per_task=True, router="perplexity", max_stages=3),
     "llama_pro": lambda: llama_pro(groups=2),
     "grace": lambda: grace(eps_init=0.1, n_iter=3, capacity=64),
     "elle": lambda: elle(growth=({"heads": 2}, {"layers": 1}), capacity=12, recover=2, segments=2, noise=0.0),
@@ -94,11 +99,12 @@ ROWS: dict[str, Callable[[], Method]] = {
 GROWING = ("llama_pro", "elle")  # a surgery at the start of a stage is one more compilation
 ADAPTERS = ("lora", "lora merged", "inclora", "olora", "inflora")
 # adapters of other kinds, which go with those
-BESIDE = ("ia3", "prompt_tuning", "prefix_tuning")
+BESIDE = ("ia3", "prompt_tuning", "prefix_tuning", "progressive_prompts", "bottleneck")
 REFUSED = [
     *itertools.combinations(ADAPTERS, 2),  # on the same sites
     *(("hat", name) for name in (*ADAPTERS, *BESIDE, "llama_pro", "ppo")),  # HAT cannot protect what these train always
     ("inflora", "llama_pro"),  # it knows the inputs of layers that these move
+    ("prompt_tuning", "progressive_prompts"),  # a model has one soft prompt
     ("ppo", "grpo"),  # a phase has rollouts of one
     *((name, "grace") for name in ("hat", *ADAPTERS, *BESIDE, "llama_pro")),  # GRACE's edits hold in a frozen model
     ("grace", "ppo"),  # as above

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .attention import Part, attend
+from .bottleneck import Bottleneck
 from .cache import Written, write
 from .flow import Flow, SiteFlow
 from .layout import FACTORS
@@ -108,16 +109,24 @@ def bank(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, weight: jax
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, in float32 whatever x is (Zhang and Sennrich 2019). Gemma's own files hold
-    scale - 1; ours hold the scale of every architecture."""
+    scale - 1; ours hold the scale of every architecture. scale_delta [D], or [B,D] by row, is added to it."""
+
+    scale_delta: nnx.Param
 
     def __init__(self, view: View, eps: float):
         self.scale = nnx.Param(view["scale"])
+        if "scale_delta" in view:
+            self.scale_delta = nnx.Param(view["scale_delta"])
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        if hasattr(self, "scale_delta"):
+            scale = scale + self.scale_delta[...]
+            scale = scale if scale.ndim == 1 else scale[:, None]  # of rows [B,T,D]; adapters are before heads are cut
+        return (normed * scale).astype(x.dtype)
 
 
 def norm(view: View, name: str, spec: DecoderSpec, built: bool) -> Norm:
@@ -186,10 +195,13 @@ class Block(nnx.Module):
         self.attn_post_norm, self.mlp_post_norm = (norm(view, f"{n}_post_norm", spec, post) for n in ("attn", "mlp"))
         self.attn = Attention(below(view, "attn"), spec)
         self.mlp = GatedMLP(below(view, "mlp"), spec.activation)
+        self.attn_adapter, self.mlp_adapter = (Bottleneck(below(view, n)) for n in ("attn", "mlp"))
 
     def __call__(self, x: jax.Array, flow: Flow, cached: Written | None) -> tuple[jax.Array, Written | None]:
-        y, written = self.attn(self.attn_norm(x), flow, cached)
-        x = x + self.attn_post_norm(y)
-        x = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x), flow))
+        normed = self.attn_norm(x)
+        y, written = self.attn(normed, flow, cached)
+        x = x + self.attn_post_norm(self.attn_adapter(normed, y))
+        normed = self.mlp_norm(x)
+        x = x + self.mlp_post_norm(self.mlp_adapter(normed, self.mlp(normed, flow)))
         flow.see("out", x)
         return x, written

@@ -21,6 +21,10 @@ ADDED: dict[str, Axes] = {  # optional keys that belong to no kernel, by the end
     "attn/prefix_v": (None, "kv"),
     "attn/prefix_map": (None, None, "kv"),
     "attn/prefix_map_bias": (None, "kv"),
+    **{f"{part}/{kind}_down": ("embed", None) for part in ("attn", "mlp") for kind in ("adapter", "parallel")},
+    **{f"{part}/{kind}_up": (None, "embed") for part in ("attn", "mlp") for kind in ("adapter", "parallel")},
+    **{f"{part}/{kind}_up_bias": ("embed",) for part in ("attn", "mlp") for kind in ("adapter", "parallel")},
+    **{f"{part}_norm/scale_delta": ("embed",) for part in ("attn", "mlp", "attn_post", "mlp_post", "final")},
 }
 
 

@@ -22,12 +22,12 @@ from jaxcl.models.layout import axes, layout, plain
 from jaxcl.models.spec import DecoderSpec
 from jaxcl.surgery.edit import Edit, Origin, operated
 
-READS = {"kernel": -2, "lora_a": -1, "bank_a": -1, "mlp_in": -2}
+READS = {"kernel": -2, "lora_a": -1, "bank_a": -1, "mlp_in": -2, "adapter_down": -2, "parallel_down": -2}
 """The axis of a tensor that reads units; all its other named axes write them."""
 
 SHARED = (
-    *("/lora_scale", "/bank_scale", "vocab_bias", "value_head/bias"),
-    *("/mlp_in_bias", "prefix/rows", "prefix/in", "prefix/in_bias"),
+    *("/lora_scale", "/bank_scale", "parallel_scale", "vocab_bias", "value_head/bias", "prefix/rows", "prefix/in"),
+    *("/mlp_in_bias", "prefix/in_bias", "adapter_down_bias", "parallel_down_bias"),
 )
 """Keys beside those of the layout whose entries are no units."""
 
