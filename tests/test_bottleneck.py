@@ -26,7 +26,6 @@ from jaxcl.models.export_hf import merged
 from jaxcl.models.layout import axes
 from jaxcl.surgery.bottlenecks import PLACES
 
-pytestmark = pytest.mark.usefixtures("quick")
 RNG = np.random.default_rng(0)
 BOTH = dataclasses.replace(SPEC, norms="both")
 
@@ -110,7 +109,7 @@ def test_axes_and_stacks():
 
 
 @pytest.fixture(scope="module")
-def told(quick, tmp_path_factory):
+def told(tmp_path_factory):
     """Three tasks, norms included, room for two."""
     method = bottleneck(width=3, norms=True, per_task=True, max_stages=2)
     return watched([method], tmp_path_factory.mktemp("told") / "out")
@@ -166,7 +165,7 @@ class Letters:
 
 
 @pytest.fixture(scope="module")
-def routed(quick, tmp_path_factory):
+def routed(tmp_path_factory):
     """Three stages of disjoint letters; nothing is told."""
     made = [Stage(f"s{t}", Letters(t)) for t in range(3)]
     method = bottleneck(width=4, per_task=True, router="perplexity", max_stages=4)

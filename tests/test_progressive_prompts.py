@@ -18,7 +18,6 @@ from jaxcl.methods.progressive_prompts import chain, progressive_prompts
 from jaxcl.methods.prompt_tuning import prompt_tuning
 from jaxcl.models.prompt import ROWS
 
-pytestmark = pytest.mark.usefixtures("quick")
 SMALL = {"length": 3, "hidden": 5}
 BANK = ROWS + "_bank"
 
@@ -43,7 +42,7 @@ def test_the_chain_is_newest_first_and_ends_with_the_first_task():
 
 
 @pytest.fixture(scope="module")
-def three(quick, tmp_path_factory):
+def three(tmp_path_factory):
     """Three tasks, room for two."""
     return watched([progressive_prompts(**SMALL, max_stages=2)], tmp_path_factory.mktemp("chain") / "out")
 
@@ -88,7 +87,7 @@ def test_only_the_newest_prompt_and_its_network_train(three):
     assert not done.params["prompt/mlp_scale"].any(), "what it made is the prompt"
 
 
-def test_the_bank_gets_what_the_network_made(quick):
+def test_the_bank_gets_what_the_network_made():
     between = begun(progressive_prompts(**SMALL))
     before = np.asarray(between.world.params[ROWS])
     between.end()
@@ -100,7 +99,7 @@ def test_the_bank_gets_what_the_network_made(quick):
 
 
 @pytest.fixture(scope="module")
-def by_task(quick, tmp_path_factory):
+def by_task(tmp_path_factory):
     """Prompt tuning by task, two tasks."""
     return run([prompt_tuning(**SMALL, per_task=True, max_stages=2)], tmp_path_factory.mktemp("alone") / "out", n=2)
 
