@@ -176,7 +176,7 @@ def test_order_1_on_t5_large_has_the_references_settings(at_hand):
 def test_order_1_runs_on_a_tiny_t5(at_hand, tmp_path):
     """All of it: four stages of O-LoRA in bfloat16, scanned layers, exact match after each."""
     module = experiment_files.load("olora_t5_large")
-    cfg = module.Config(model=str(at_hand), eval_batch=4, batch_size=4, accumulate=2, window=48)
+    cfg = module.Config(model=str(at_hand), eval_batch=4, batch_size=4, accumulate=2, window=96)
     exp = dataclasses.replace(module.build(cfg), mesh={"data": 1})
     loop = train(exp, tmp_path / "out", reporter=Reporter(quiet=True))
     scores = loop.measure.matrix()
