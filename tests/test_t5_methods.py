@@ -36,6 +36,10 @@ REFUSED = {
     "generative replay": "a model with an encoder does not write prompts",
     "lamol": "a model with an encoder does not write prompts",
     "inflora": "other tokens in each stack",
+    "prompt_tuning": "no place for a soft prompt",
+    "prompt_tuning by task": "no place for a soft prompt",
+    "prefix_tuning": "no place for a prefix",
+    "prefix_tuning by task": "no place for a prefix",
     "llama_pro": "the layers of a T5Spec cannot be copied",
     "grace": "T5Spec has none",
     "elle": "elle cannot grow a T5Spec",
@@ -80,7 +84,7 @@ def test_two_stages_of_every_other_method(name, tmp_path):
 
 @pytest.mark.slow
 def test_stacked_layers_train_as_single_ones(tmp_path):
-    spec = dataclasses.replace(SPEC, layers=2)
+    spec = dataclasses.replace(SPEC, layers=2, segments=())
     stacked = dataclasses.replace(spec, segments=((("block",), 2),))
     runs = []
     for i, s in enumerate((spec, stacked)):

@@ -18,6 +18,7 @@ from jaxcl.data import pseudo
 from jaxcl.errors import RequestError, unknown
 from jaxcl.losses.lm_view import lm_loss, lm_view
 from jaxcl.methods import memory
+from jaxcl.methods.decoder_only import decoder_only
 from jaxcl.methods.writing import Recipe, check_context, keep, rows_written, shape_of
 from jaxcl.surgery.vocabulary import BIAS, grow, opened
 
@@ -85,8 +86,7 @@ def generative_replay(
             own = {"fixed": {}, "host": host}
         if not strength and not samples:
             return world, own
-        if getattr(world.spec, "encodes", False):
-            raise RequestError(f"{name}: a model with an encoder does not write prompts; accepted: a decoder")
+        decoder_only(world.spec, name, "does not write prompts")
         shape = shape_of(world)
         check_context(world, recipe if samples else None, shape)
         world, own = _with_tokens(world, own, max_stages if tasks else 1, world.stage if tasks else 0)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxcl.core.paths import concrete, is_stacked
 from jaxcl.core.types import Batch, Method, Own, Params, World, method
 from jaxcl.errors import RequestError
+from jaxcl.methods.decoder_only import decoder_only
 from jaxcl.methods.inclora import banking, folding
 from jaxcl.methods.lora import TARGETS
 from jaxcl.surgery.edit import restart
@@ -56,8 +57,7 @@ def inflora(
     banked = banking(rank, 1.0, 0.0, targets, max_stages)
 
     def begin(world: World, own: Own | None) -> tuple[World, Own]:
-        if getattr(world.spec, "encodes", False):
-            raise RequestError(f"{name}: a model with an encoder has other tokens in each stack; accepted: a decoder")
+        decoder_only(world.spec, name, "has other tokens in each stack")
         world, own = banked(world, own)
         where, found = own["host"]["sites"], moments(world, own["host"]["sites"], rows)
         old = subspaces(own, found)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxcl.core.types import Apply, Batch, Clock, Method, Outputs, Own, Params, World, method
 from jaxcl.errors import KeyTaken, RequestError, unknown
+from jaxcl.methods.decoder_only import decoder_only
 from jaxcl.methods.tasks import UNTOLD, check_stages, check_told, next_task, of_rows, opened, slots_of, weights
 from jaxcl.models.prompt import ROWS, VALID, produced
 from jaxcl.surgery.edit import restart
@@ -61,6 +62,7 @@ def prompt_tuning(
         return (restart(world, net) if net else world), own
 
     def first(world: World) -> tuple[World, Own]:
+        decoder_only(world.spec, name, "has no place for a soft prompt")
         tokens = next(world.tools.batches(world.stage, 1))["tokens"]
         check_room(world.spec, length, tokens.shape[1], name)
         if ROWS in world.params:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RequestError, nearest, unknown
-from .blocks import DENSE_KEYS
 from .layout import Axes, Leaf, axes_by, plain
 from .segments import Layered, Segments, checked
 from .spec import CHOICES, MOST_LAYERS
@@ -19,8 +18,8 @@ from .spec import CHOICES, MOST_LAYERS
 KINDS = ("block",)
 SIZES = ("vocab", "width", "layers", "heads", "head_dim", "mlp", "nll_chunk")
 SIDES = ("encoder", "decoder")
-SITE_KEYS = (*DENSE_KEYS, "hat_e", "hat_bank")
-"""What may stand at a dense site: its weights, and what methods put there that `Dense` or the method itself reads."""
+OURS = ("encoder/", "decoder/", "prompt/", "prefix/")
+"""Where keys belong to a model: of these it has to know every one that stands at no dense site."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,17 +130,16 @@ def _layer(spec: T5Spec, crossed: bool) -> dict[str, Leaf]:
 def axes(spec: T5Spec, params: Mapping[str, Any]) -> dict[str, Axes]:
     """{path: logical axis name or None per dimension} for every key of ``params``, see `jaxcl.models.layout.axes`.
 
-    RequestError on a key inside the two stacks that nothing reads, such as a prefix or a bottleneck of a decoder: a
-    method would train it in vain.
+    RequestError on a key that nothing here reads, such as a decoder's prefix, soft prompt or bottleneck: a method would
+    train it in vain.
     """
     table = layout(spec) | {"value_head/kernel": Leaf((spec.width, 1), ("embed", None), 0.0)}
     if spec.tied:
         table["head/kernel"] = Leaf((spec.width, spec.vocab), ("embed", "vocab"), None)
     for path in params:
         one = plain(path)
-        site, _, name = one.rpartition("/")
-        adapter = name in SITE_KEYS and f"{site}/kernel" in table
-        if one.split("/")[0] in SIDES and one not in table and not adapter:
+        site = one.rpartition("/")[0]
+        if one.startswith(OURS) and one not in table and f"{site}/kernel" not in table:
             raise RequestError(f"T5 has no {path!r}; {nearest(one, table)}")
     return axes_by(table, params)
 
