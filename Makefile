@@ -31,7 +31,7 @@ $(VENV)/.oracle: $(VENV)/.installed
 
 parity: $(VENV)/.oracle
 	$(BIN)/jaxcl fetch smollm2-135m-instruct
-	$(BIN)/pytest -m parity
+	$(BIN)/pytest -m "parity and not slow"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
