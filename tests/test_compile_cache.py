@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+OURS = ("JAX_COMPILATION", "JAX_PERSISTENT", "JAX_DISABLE_MOST")  # of the tests' own store
 CODE = """
 import jax
 from jaxcl.core import compile_cache
@@ -26,7 +27,7 @@ print('RESULT', folder, found, jax.config.jax_compilation_cache_dir)
 
 
 def process(tmp_path, **env: str) -> list[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(OURS)}
     env = kept | {"JAXCL_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"} | env
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -30,6 +30,9 @@ def test_the_table_names_every_method():
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(METHODS)
 
 
+BY_TASK = ("ia3", "prompt_tuning", "prefix_tuning", "bottleneck")
+
+
 def test_the_table_names_the_slots_of_every_method():
     from jaxcl.registry import constructor
 
@@ -38,10 +41,11 @@ def test_the_table_names_the_slots_of_every_method():
             continue
         written = {"generative_replay": {"labels": True}, "lamol": {"labels": True}}
         more = {
-            "lora": {"merged": True}, "lwf": {"teacher": "topk"}, "ogd": {"exact": True}, "mir": {"score": "s2"},
+            "lora": {"merged": True}, "ia3": {"merged": True}, "prompt_tuning": {"hidden": 8},
+            "lwf": {"teacher": "topk"}, "ogd": {"exact": True}, "mir": {"score": "s2"},
             "l2_sp": {"form": "decoupled", "rate": 0.1, "anchor": "previous"}, "replay": {"mixing": "joint"}, **written,
         }  # fmt: skip
-        options = [{}, more.get(name, {})]
+        options = [{}, more.get(name, {}), {"per_task": True} if name in BY_TASK else {}]
         filled = {slot for o in options for slot in constructor(name)(**o).slots}
         assert set(re.findall(r"`(\w+)`", slots)) == filled, name
 
