@@ -103,9 +103,20 @@ def test_moments_are_of_the_sites_inputs_without_padding(begun):
     np.testing.assert_allclose(3 * a.T @ a, vectors[:, -2:] @ vectors[:, -2:].T, atol=1e-3)
 
 
-def test_a_stage_begins_as_the_one_before_ended(begun):
-    assert not any(np.any(begun.world.params[k]) for k in begun.world.params if k.endswith("/lora_b"))
-    assert {k.rpartition("/")[2] for k in begun.world.trained} == {"lora_b"}
+def test_a_stage_begins_as_the_one_before_ended():
+    """The adapter of before counts once, in the bank, and the new one gives nothing yet."""
+    b, rng = Between(experiment([inflora(**SMALL)], n=2), lambda: None), np.random.default_rng(3)
+    b.begin(0)
+    assert {k.rpartition("/")[2] for k in b.world.trained} == {"lora_b"}
+    trained = {k: jnp.asarray(rng.normal(size=b.world.params[k].shape), jnp.float32) for k in sorted(b.world.trained)}
+    row = {k: jnp.asarray(v)[None] for k, v in stages(1)[0].train[0].items()}
+    bare = apply(SPEC, b.world.params, row).nll
+    b.world = b.world._replace(params=b.world.params | trained)
+    ended = apply(SPEC, b.world.params, row).nll
+    b.end()
+    b.begin(1)
+    assert np.abs(ended - bare).max() > 1e-3 and not any(np.any(b.world.params[k]) for k in trained)
+    np.testing.assert_allclose(apply(SPEC, b.world.params, row).nll, ended, atol=1e-5)
 
 
 def test_training_b_is_training_the_kernel_along_a(begun):

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from support import MODEL, SPEC, Answers, experiment, forward, run, stages, to_numpy, weights
-from told import same, watched
+from told import check_past_tasks, watched
 
 from jaxcl.core.between import Between
 from jaxcl.core.til import NO_TASK
@@ -76,17 +76,9 @@ def told(request, tmp_path_factory):
 
 
 def test_outputs_of_past_tasks_are_bit_identical_while_the_bank_has_room(told):
-    done, seen = told
-    for task in range(3):
-        first, *after = seen[task]
-        for stage in range(task):
-            np.testing.assert_allclose(after[stage][0], first[0], atol=1e-5, err_msg="not learned: the bare model")
-        assert np.abs(after[task][0] - first[0]).max() > 1e-3, "learned"
-    assert same(seen[0][1], seen[0][2])
-    np.testing.assert_allclose(seen[0][3][0], seen[0][1][0], atol=1e-5)  # another program: the bank doubled
-    np.testing.assert_allclose(seen[1][3][0], seen[1][2][0], atol=1e-5)
-    bank = done.params[ROWS + "_bank"]
-    assert done.compilations == 2 and bank.shape == (4, 3, SPEC.width) and not bank[2:].any()
+    check_past_tasks(told)
+    bank = told[0].params[ROWS + "_bank"]
+    assert bank.shape == (4, 3, SPEC.width) and not bank[2:].any()
 
 
 def test_rows_of_one_batch_have_their_own_prompts_and_the_wrong_one_costs(told):

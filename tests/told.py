@@ -45,6 +45,20 @@ def watched(methods: list[Method], out: Path, tasks: int = 3, **kw: Any) -> tupl
     return run(methods, out, stages=stages, evals=evals, **{"tx": optax.adamw(0.05), **kw}), seen
 
 
+def check_past_tasks(told: tuple[Done, list[list]], close: float = 1e-5) -> None:
+    """Three tasks, a bank for two: a task is the bare model until it is learned, then stays bit for bit while the bank
+    has room, and to ``close`` in the program with the doubled bank."""
+    done, seen = told
+    for task in range(3):
+        first, *after = seen[task]
+        for stage in range(task):
+            np.testing.assert_allclose(after[stage][0], first[0], atol=1e-5, err_msg="not learned: the bare model")
+        assert np.abs(after[task][0] - first[0]).max() > 1e-3, "learned"
+    assert same(seen[0][1], seen[0][2]) and done.compilations == 2
+    for task in range(2):
+        np.testing.assert_allclose(seen[task][3][0], seen[task][2][0], atol=close)
+
+
 def same(a: tuple, b: tuple) -> bool:
     """Whether two outputs are equal bit for bit."""
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))

@@ -23,11 +23,11 @@ from jaxcl.core.paths import concrete, is_stacked, layer_shape, per_tensor, site
 from jaxcl.core.processes import host
 from jaxcl.core.types import Apply, Batch, Clock, Ctx, GradFn, Method, Outputs, Own, Params, Phase, World, method
 from jaxcl.errors import KeyTaken, RequestError
+from jaxcl.methods.tasks import UNTOLD, check_told
 from jaxcl.surgery.edit import restart
 from jaxcl.transforms.hat import anneal, bounded, compensate, protect, soft_step, sparsity
 
 LIVE, BANK = "/hat_e", "/hat_bank"  # f32[units] of the task in training, f32[S, units] of task t in slot t
-UNTOLD = "needs to be told the task (task_id); make the experiment task-incremental: jaxcl.til(Experiment(...))"
 
 
 @method
@@ -56,8 +56,7 @@ def hat(
         return anneal(clock.phase_step, clock.phase_len, s_max, sweeps)
 
     def begin(world: World, own: Own | None) -> tuple[World, Own]:
-        if "task_id" not in next(world.tools.batches(world.stage, 1)):
-            raise RequestError(f"method {name!r} {UNTOLD}")
+        check_told(world, name)
         if world.stage >= max_stages:
             raise RequestError(f"hat: stage {world.stage + 1} exceeds max_stages={max_stages}; raise it")
         if own is None:

@@ -7,15 +7,16 @@ training is the base model's bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxcl.core.paths import sites
-from jaxcl.core.types import Apply, Batch, Clock, Method, Outputs, Own, Params, World, method
+from jaxcl.core.types import Method, Own, Params, World, method
 from jaxcl.errors import KeyTaken, RequestError
-from jaxcl.methods.tasks import UNTOLD, check_stages, check_told, live, next_task, of_rows, opened, slots_of, weights
+from jaxcl.methods.tasks import by_task, check_stages, check_told, live, next_task, of_rows, opened
 from jaxcl.surgery.edit import restart
 from jaxcl.surgery.scales import folded
 
@@ -50,7 +51,7 @@ def ia3(
             if not per_task:
                 return world, {"host": {"attached": True}}
             check_told(world, name)
-            return opened(world, live(world.params, NAMES), max_stages)
+            return opened(world, vectors(world.params), max_stages)
         return next_task(world, own, restarted(world.params), grow, name) if per_task else (world, own)
 
     def end(world: World, own: Own) -> tuple[World, Own]:
@@ -62,29 +63,26 @@ def ia3(
                 raise RequestError(f"ia3: merging into {kernel!r} of {found} loses small changes; accepted: float32")
         return restart(world._replace(params=folded(world.params, fresh)), fresh), own
 
-    def wrap(apply: Apply, own: Own, clock: Clock) -> Apply:
-        if not own["fixed"]:  # before the first task there is nothing to choose from
-            return apply
-
-        def chosen(spec: Any, params: Params, batch: Batch, **kw: Any) -> Outputs:
-            if "task_id" not in batch and "bank_weight" not in batch:
-                raise RequestError(f"method {name!r} {UNTOLD}")
-            keys, tasks = live(params, NAMES), own["fixed"]["tasks"]
-            share = weights(batch, slots_of(params, keys), tasks)
-            return apply(spec, {**params, **of_rows(params, keys, share, tasks)}, batch, **kw)
-
-        return chosen
-
     return Method(
         name=name, packs=not per_task, begin=begin, mask=mask, end=end if merged else None,
-        wrap=wrap if per_task else None,
+        wrap=by_task(name, vectors, of_each_row) if per_task else None,
     )  # fmt: skip
 
 
 def mask(world: World, own: Own) -> dict[str, bool]:
     """Only the live vectors train."""
-    train = set(live(world.params, NAMES))
+    train = set(vectors(world.params))
     return {k: k in train for k in world.params}
+
+
+def vectors(params: Iterable[str]) -> list[str]:
+    """The keys of the live vectors, sorted."""
+    return live(params, NAMES)
+
+
+def of_each_row(params: Params, share: jax.Array, tasks: jax.Array) -> Params:
+    """``params`` in which each row has its own vectors."""
+    return {**params, **of_rows(params, vectors(params), share, tasks)}
 
 
 def ones(params: Params, outputs: Sequence[str], inputs: Sequence[str]) -> Params:
@@ -103,4 +101,4 @@ def ones(params: Params, outputs: Sequence[str], inputs: Sequence[str]) -> Param
 
 def restarted(params: Mapping[str, Any]) -> Params:
     """The live vectors at 1 again."""
-    return {k: jnp.zeros_like(params[k]) for k in live(params, NAMES)}
+    return {k: jnp.zeros_like(params[k]) for k in vectors(params)}

@@ -5,16 +5,14 @@ Li and Liang, ACL 2021 (deep prompts: Liu et al. 2022). softmax(Q [K^P; K]^T) [V
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxcl.core.paths import is_stacked
-from jaxcl.core.types import Apply, Batch, Clock, Method, Outputs, Own, Params, World, method
+from jaxcl.core.types import Method, Own, Params, World, method
 from jaxcl.errors import KeyTaken, RequestError, unknown
 from jaxcl.methods.decoder_only import decoder_only
-from jaxcl.methods.tasks import UNTOLD, check_stages, check_told, live, next_task, of_rows, opened, slots_of, weights
+from jaxcl.methods.tasks import by_task, check_stages, check_told, live, next_task, of_rows, opened
 from jaxcl.models.prefix import MAP, NAMES, OPEN, materialised
 from jaxcl.surgery.edit import restart
 from jaxcl.surgery.prefixes import check, collapsed, network, of_text, random
@@ -82,22 +80,9 @@ def prefix_tuning(
     def end(world: World, own: Own) -> tuple[World, Own]:
         return restart(world, collapsed(world.params)), own
 
-    def wrap(apply: Apply, own: Own, clock: Clock) -> Apply:
-        if not own["fixed"]:  # before the first task there is nothing to choose from
-            return apply
-
-        def chosen(spec: Any, params: Params, batch: Batch, **kw: Any) -> Outputs:
-            if "task_id" not in batch and "bank_weight" not in batch:
-                raise RequestError(f"method {name!r} {UNTOLD}")
-            keys, tasks = live(params, NAMES), own["fixed"]["tasks"]
-            share = weights(batch, slots_of(params, keys), tasks)
-            return apply(spec, prefixes(params, share, tasks), batch, **kw)
-
-        return chosen
-
     return Method(
         name=name, packs=not per_task, begin=begin, mask=mask, end=end if hidden else None,
-        wrap=wrap if per_task else None,
+        wrap=by_task(name, lambda params: live(params, NAMES), prefixes) if per_task else None,
     )  # fmt: skip
 
 

@@ -6,15 +6,14 @@ Lester, Al-Rfou, Constant, EMNLP 2021. [P; E(x)]: the tokens' positions follow t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcl.core.types import Apply, Batch, Clock, Method, Outputs, Own, Params, World, method
+from jaxcl.core.types import Method, Own, Params, World, method
 from jaxcl.errors import KeyTaken, RequestError, unknown
 from jaxcl.methods.decoder_only import decoder_only
-from jaxcl.methods.tasks import UNTOLD, check_stages, check_told, next_task, of_rows, opened, slots_of, weights
+from jaxcl.methods.tasks import by_task, check_stages, check_told, next_task, of_rows, opened
 from jaxcl.models.prompt import ROWS, VALID, produced
 from jaxcl.surgery.edit import restart
 from jaxcl.surgery.prompts import check_room, collapsed, drawn, network
@@ -78,22 +77,9 @@ def prompt_tuning(
     def end(world: World, own: Own) -> tuple[World, Own]:
         return restart(world, collapsed(world.params)), own
 
-    def wrap(apply: Apply, own: Own, clock: Clock) -> Apply:
-        if not own["fixed"]:  # before the first task there is nothing to choose from
-            return apply
-
-        def chosen(spec: Any, params: Params, batch: Batch, **kw: Any) -> Outputs:
-            if "task_id" not in batch and "bank_weight" not in batch:
-                raise RequestError(f"method {name!r} {UNTOLD}")
-            tasks = own["fixed"]["tasks"]
-            share = weights(batch, slots_of(params, [ROWS]), tasks)
-            return apply(spec, prompts(params, share, tasks), batch, **kw)
-
-        return chosen
-
     return Method(
         name=name, packs=not per_task, begin=begin, mask=mask, end=end if hidden else None,
-        wrap=wrap if per_task else None,
+        wrap=by_task(name, lambda params: [ROWS], prompts) if per_task else None,
     )  # fmt: skip
 
 

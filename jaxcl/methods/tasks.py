@@ -8,14 +8,14 @@ axis in front of all that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxcl.core.paths import is_stacked, per_tensor
-from jaxcl.core.types import Batch, Own, Params, World
+from jaxcl.core.types import Apply, Batch, Clock, Outputs, Own, Params, World
 from jaxcl.errors import RequestError
 from jaxcl.surgery.edit import restart
 
@@ -80,6 +80,28 @@ def weights(batch: Batch, slots: int, tasks: jax.Array, field: str = "task_id") 
         return batch["bank_weight"]
     task = batch[field]
     return jax.nn.one_hot(jnp.where(task < tasks, task, -1), slots, dtype=jnp.float32)
+
+
+def by_task(
+    name: str, keys_of: Callable[[Params], list[str]], put: Callable[[Params, jax.Array, jax.Array], Params]
+) -> Callable[[Apply, Own, Clock], Apply]:
+    """The `wrap` of a method whose rows say their task: the model runs on ``put(params, share f32[B,S], tasks i32[])``,
+    ``params`` with each row's own tensors at the keys. RequestError for rows that say neither task nor weights."""
+
+    def wrap(apply: Apply, own: Own, clock: Clock) -> Apply:
+        if not own["fixed"]:  # before the first task there is nothing to choose from
+            return apply
+
+        def chosen(spec: Any, params: Params, batch: Batch, **kw: Any) -> Outputs:
+            if "task_id" not in batch and "bank_weight" not in batch:
+                raise RequestError(f"method {name!r} {UNTOLD}")
+            tasks = own["fixed"]["tasks"]
+            share = weights(batch, slots_of(params, keys_of(params)), tasks)
+            return apply(spec, put(params, share, tasks), batch, **kw)
+
+        return chosen
+
+    return wrap
 
 
 def slots_of(params: Params, keys: Iterable[str]) -> int:

@@ -19,7 +19,7 @@ from ..errors import RequestError
 from .blocks import Block, Embedding, RMSNorm, View, below
 from .cache import Cache, Written, closed, route
 from .flow import Flow
-from .layout import axes, layout
+from .layout import Leaf, axes, layout
 from .nll import batch_nll
 from .prefix import network
 from .prompt import Prompt, prompt_of, with_room
@@ -39,8 +39,14 @@ def decoder(spec: DecoderSpec) -> Model:
 
 
 def init(spec: DecoderSpec, key: jax.Array) -> Params:
-    """Normal weights of std ``spec.init_std`` (outputs to the residual stream divided by sqrt(2 layers)),
-    ones for norms. Every tensor has its own key from its path, so stacking does not change a number."""
+    """Normal weights of std ``spec.init_std`` (outputs to the residual stream divided by sqrt(2 layers)), ones for
+    norms; see `drawn`."""
+    return drawn(spec, layout(spec), key)
+
+
+def drawn(spec: Any, table: Mapping[str, Leaf], key: jax.Array) -> Params:
+    """Parameters of ``spec.param_dtype`` in the spec's segments: normal with each leaf's std, ones where it is None.
+    Every tensor has its own key from its path, so stacking does not change a number."""
 
     def draw(path: str, shape: tuple[int, ...], std: float | None) -> jax.Array:
         if std is None:
@@ -48,7 +54,7 @@ def init(spec: DecoderSpec, key: jax.Array) -> Params:
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         return (std * jax.random.normal(own, shape, jnp.float32)).astype(spec.param_dtype)
 
-    params = {path: draw(path, leaf.shape, leaf.std) for path, leaf in layout(spec).items()}
+    params = {path: draw(path, leaf.shape, leaf.std) for path, leaf in table.items()}
     return restack(params, spec, spec.segments, now=spec.unstacked)[0]
 
 

@@ -11,7 +11,6 @@ Shapes: B rows, T tokens, K targets, D width, V vocabulary.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +22,9 @@ from ..core.types import Batch, Inject, Model, Outputs, Params
 from ..errors import RequestError
 from .blocks import Embedding, RMSNorm, View, below
 from .cache import Cache, closed, route
-from .decoder import Layer, run_segment, visible
+from .decoder import Layer, drawn, run_segment, visible
 from .decoder import logits as plain_logits
 from .nll import batch_nll, chunked_nll
-from .stacking import restack
 from .t5_blocks import T5Block, T5Flow
 from .t5_positions import position_bias
 from .t5_rows import Side, placed, prompts, sides
@@ -40,16 +38,8 @@ def t5(spec: T5Spec) -> Model:
 
 
 def init(spec: T5Spec, key: jax.Array) -> Params:
-    """Normal weights with the deviations of the T5 code, ones for norms. Every tensor has its own key from its path."""
-
-    def draw(path: str, shape: tuple[int, ...], std: float | None) -> jax.Array:
-        if std is None:
-            return jnp.ones(shape, spec.param_dtype)
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return (std * jax.random.normal(own, shape, jnp.float32)).astype(spec.param_dtype)
-
-    params = {path: draw(path, leaf.shape, leaf.std) for path, leaf in layout(spec).items()}
-    return restack(params, spec, spec.segments, now=spec.unstacked)[0]
+    """Normal weights with the deviations of the T5 code, ones for norms; see `jaxcl.models.decoder.drawn`."""
+    return drawn(spec, layout(spec), key)
 
 
 def apply(

@@ -42,6 +42,7 @@ _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # an accelerator that is there is left alone
     "TPU_SKIP_MDS_QUERY": "1",  # and the metadata of a cloud machine is not asked for
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may plan at once: none of them holds a chip
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program for chips that are not here is never loaded again
 }
 
 
