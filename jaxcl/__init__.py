@@ -36,6 +36,7 @@ _HOME = {
     "jaxcl.methods.prefix_tuning": "prefix_tuning",
     "jaxcl.methods.progressive_prompts": "progressive_prompts",
     "jaxcl.methods.bottleneck": "bottleneck",
+    "jaxcl.methods.lora_experts": "lora_experts",
     "jaxcl.methods.inclora": "inclora",
     "jaxcl.methods.joint": "joint",
     "jaxcl.methods.l2_sp": "l2_sp",

@@ -60,6 +60,7 @@ _STATIC = (  # name, kind, group, card, paper
         "Razdaibiedina et al. 2023, arXiv 2301.12314",
     ),
     ("bottleneck", "method", "adapters", "cft/bottleneck-adapters", "Houlsby et al. 2019, arXiv 1902.00751"),
+    ("lora_experts", "method", "adapters", "cft/moe-adapters-lora-experts", "Dou et al. 2024, arXiv 2312.09979"),
     ("llama_pro", "method", "architecture", "cpt/llama-pro", "Wu et al. 2024, arXiv 2401.02415"),
     ("elle", "method", "architecture", "cpt/elle", "Qin et al. 2022, arXiv 2203.06311"),
     ("ppo", "method", "alignment", "refine-align/rlhf-pieces", "Schulman et al. 2017, arXiv 1707.06347"),
@@ -119,9 +120,9 @@ def _short_streams() -> list[Row]:
 
 
 def _models() -> list[Row]:
-    from jaxcl.models.fetch import MODELS
+    from jaxcl.models.known import MODELS, ON_HUB
 
-    return _named(MODELS)
+    return _named({**MODELS, **ON_HUB})
 
 
 def _metrics() -> list[Row]:

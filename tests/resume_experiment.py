@@ -31,6 +31,7 @@ from jaxcl.methods.l2_sp import l2_sp
 from jaxcl.methods.lamol import lamol
 from jaxcl.methods.llama_pro import llama_pro
 from jaxcl.methods.lora import lora
+from jaxcl.methods.lora_experts import lora_experts
 from jaxcl.methods.lwf import lwf
 from jaxcl.methods.mas import mas
 from jaxcl.methods.mir import mir
@@ -81,6 +82,7 @@ METHODS = {
     "prefix_tuning": lambda: prefix_tuning(length=3, hidden=5, per_task=True, max_stages=2),
     "progressive_prompts": lambda: progressive_prompts(length=3, hidden=5, max_stages=2),
     "bottleneck": lambda: bottleneck(width=3, norms=True, per_task=True, router="perplexity", max_stages=2),
+    "lora_experts": lambda: lora_experts(rank=2, balance=0.1, max_experts=2),
     "llama_pro": lambda: llama_pro(groups=2),
     "elle": lambda: elle(growth=({"heads": 2, "layers": 1},), capacity=20, recover=4, segments=2),
     "ppo": lambda: ppo(reward="token:7", max_new=4, ptx=0.1, reference="ema"),

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from jaxcl.errors import RequestError
+from jaxcl.models.attention import Part, attend
 from jaxcl.models.blocks import bank
 from jaxcl.models.decoder import decoder
 from jaxcl.models.layout import axes
@@ -143,6 +144,34 @@ def test_nll_in_chunks(chunk):
         for k in range(7):
             slope[b, at[b, k]] += (prob[b, k] - np.eye(11)[labels[b, k]]) @ kernel.T
     np.testing.assert_allclose(grad, slope, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [512, 515])
+def test_long_causal_attention_in_blocks(length):
+    """Grouped queries, a bias, padding, a prefix: against one softmax over all keys, values and gradients."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, h, 4)), jnp.float32) for h in (4, 2, 2))
+    own, more = (jnp.asarray(rng.normal(size=(2, 3, 2, 4)), jnp.float32) for _ in range(2))
+    bias = jnp.asarray(rng.normal(size=(1, 4, length, length)), jnp.float32)
+    mask = np.tril(np.ones((2, length, length), bool))
+    mask[1, :, 300:] = False
+    mask[0, 200:, :200] = False  # two segments
+
+    def ours(q, k, v, bias):
+        prefix = Part(own, more, jnp.ones((2, length, 3), bool))
+        return attend(q, [Part(k, v, jnp.asarray(mask), bias, causal=True), prefix])
+
+    def plain(q, k, v, bias):
+        keys, values = (jnp.repeat(jnp.concatenate(pair, 1), 2, axis=2) for pair in ((k, own), (v, more)))
+        scores = jnp.einsum("bthd,bshd->bhts", q, keys) / 2 + jnp.pad(bias, ((0, 0),) * 3 + ((0, 3),))
+        scores = jnp.where(np.pad(mask, ((0, 0), (0, 0), (0, 3)), constant_values=True)[:, None], scores, -jnp.inf)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), values)
+
+    np.testing.assert_allclose(ours(q, k, v, bias), plain(q, k, v, bias), atol=1e-5)
+    down = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+    slopes = [jax.grad(lambda *x, f=f: jnp.sum(down * f(*x)), argnums=(0, 1, 2, 3)) for f in (ours, plain)]
+    for a, b in zip(*(slope(q, k, v, bias) for slope in slopes), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_logits_of_all_targets_never_exist(params):

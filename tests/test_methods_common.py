@@ -34,6 +34,7 @@ from jaxcl.methods.l2_sp import l2_sp
 from jaxcl.methods.lamol import lamol
 from jaxcl.methods.llama_pro import llama_pro
 from jaxcl.methods.lora import lora
+from jaxcl.methods.lora_experts import lora_experts
 from jaxcl.methods.lwf import lwf
 from jaxcl.methods.mas import mas
 from jaxcl.methods.mir import mir
@@ -90,6 +91,7 @@ ROWS: dict[str, Callable[[], Method]] = {
     "progressive_prompts": lambda: progressive_prompts(length=3, hidden=5, max_stages=3),
     "bottleneck": lambda: bottleneck(width=3),
     "bottleneck routed": lambda: bottleneck(width=3, norms=True, per_task=True, router="perplexity", max_stages=3),
+    "lora_experts": lambda: lora_experts(rank=2, first=2, max_experts=4, balance=0.1, targets=["mlp/down"]),
     "llama_pro": lambda: llama_pro(groups=2),
     "grace": lambda: grace(eps_init=0.1, n_iter=3, capacity=64),
     "elle": lambda: elle(growth=({"heads": 2}, {"layers": 1}), capacity=12, recover=2, segments=2, noise=0.0),
@@ -99,7 +101,7 @@ ROWS: dict[str, Callable[[], Method]] = {
 GROWING = ("llama_pro", "elle")  # a surgery at the start of a stage is one more compilation
 ADAPTERS = ("lora", "lora merged", "inclora", "olora", "inflora")
 # adapters of other kinds, which go with those
-BESIDE = ("ia3", "prompt_tuning", "prefix_tuning", "progressive_prompts", "bottleneck")
+BESIDE = ("ia3", "prompt_tuning", "prefix_tuning", "progressive_prompts", "bottleneck", "lora_experts")
 REFUSED = [
     *itertools.combinations(ADAPTERS, 2),  # on the same sites
     *(("hat", name) for name in (*ADAPTERS, *BESIDE, "llama_pro", "ppo")),  # HAT cannot protect what these train always

@@ -92,6 +92,24 @@ def test_attention(sizes):
     close(pulled(ours, q, ks, vs), pulled(plain, q, ks, vs))
 
 
+def test_attention_with_dropout_on_its_weights():
+    q, k, v, more, others = (array(2, t, h, 4) for t, h in ((5, 6), (5, 2), (5, 2), (3, 2), (3, 2)))
+    kept = [jnp.asarray((RNG.random((2, 6, 5, s)) < 0.7) / 0.7, jnp.float32) for s in (5, 3)]
+    masks = [jnp.asarray(RNG.random((2, 5, s)) < 0.8) for s in (5, 3)]
+
+    def ours(q, ks, vs):
+        return attend(q, [Part(k, v, m, kept=f) for k, v, m, f in zip(ks, vs, masks, kept)], 0.7)
+
+    def plain(q, ks, vs):
+        keys, values = (jnp.repeat(jnp.concatenate(side, 1), 3, axis=2) for side in (ks, vs))
+        scores = jnp.einsum("bthd,bshd->bhts", q, keys) * 0.7
+        seen = jnp.where(jnp.concatenate(masks, 2)[:, None], scores, jnp.finfo(jnp.float32).min)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(seen) * jnp.concatenate(kept, 3), values)
+
+    close(ours(q, [k, more], [v, others]), plain(q, [k, more], [v, others]))
+    close(pulled(ours, q, [k, more], [v, others]), pulled(plain, q, [k, more], [v, others]))
+
+
 def test_attention_in_half_precision_keeps_its_softmax_wide():
     q, k, v = array(1, 40, 2, 8), array(1, 40, 1, 8), array(1, 40, 1, 8)
     mask = jnp.ones((1, 40, 40), bool)

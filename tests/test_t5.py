@@ -216,6 +216,21 @@ def test_taps_and_injections_by_their_stack(params):
         apply(SPEC, params, rows, taps=("decoder/layers/9:out",))
 
 
+def test_the_models_own_dropout_is_where_the_t5_code_has_it(params, out, monkeypatch):
+    """With nothing dropped every place doubles at a rate of a half, which kernels and scales can do as well."""
+    spec, rows = dataclasses.replace(SPEC, dropout=0.5), batch(texts())
+    draws = [apply(spec, params, rows, train=True, key=jax.random.key(i)).nll for i in (0, 0, 1)]
+    assert np.array_equal(draws[0], draws[1]) and np.abs(draws[0] - draws[2]).max() > 0.05
+    np.testing.assert_array_equal(whole(spec, params, rows).nll, out.nll)
+    monkeypatch.setattr(jax.random, "bernoulli", lambda key, p, shape: jnp.ones(shape, bool))
+    factors = {"embed/kernel": 2, "attn/o/kernel": 4, "mlp/down/kernel": 4, "final_norm/scale": 2}
+    larger = {k: v * next((f for end, f in factors.items() if k.endswith(end)), 1) for k, v in params.items()}
+    got = apply(spec, params, rows, train=True, key=jax.random.key(0))
+    np.testing.assert_allclose(got.nll, whole(SPEC, larger, rows).nll, rtol=1e-4)
+    with pytest.raises(RequestError, match=r"dropout is 0\.5 without a key"):
+        apply(spec, params, rows, train=True)
+
+
 def test_what_cannot_be_is_refused(params):
     rows = batch(texts())
     plain = {k: v for k, v in rows.items() if k != "targets_at"}

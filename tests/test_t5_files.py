@@ -46,12 +46,14 @@ def test_written_and_read_again_without_a_changed_number(kind, tmp_path):
 def test_a_config_is_read_or_refused_by_key():
     config = t5_config(SPEC)
     assert t5_spec(config) == dataclasses.replace(SPEC, tied=True)  # whether it is, the weights say
-    assert t5_spec({"model_type": "t5"}) == T5Spec(vocab=32128, width=512, layers=6, heads=8, head_dim=64, mlp=2048)
+    assert t5_spec({"model_type": "t5"}) == T5Spec(
+        vocab=32128, width=512, layers=6, heads=8, head_dim=64, mlp=2048, dropout=0.1
+    )  # fmt: skip
     assert not t5_spec({"tie_word_embeddings": False}).scaled and t5_spec({"tie_word_embeddings": True}).scaled
     assert not t5_spec({"tie_word_embeddings": True, "scale_decoder_outputs": False}).scaled  # transformers 5
     for key, value, words in (
         ("feed_forward_proj", "gated-silu", "'relu' or 'gated-gelu'"), ("num_decoder_layers", 3, "2, as many as"),
-        ("d_model", "x", "a whole number"), ("is_decoder", True, "False or None"),
+        ("d_model", "x", "a whole number"), ("is_decoder", True, "False or None"), ("dropout_rate", 1.5, "below 1"),
     ):  # fmt: skip
         with pytest.raises(RequestError, match=f"{key} is .*{words}"):
             t5_spec({**config, key: value})
@@ -82,7 +84,7 @@ def test_sizes_of_known_models():
     for repo, sizes in T5.items():
         T5Spec(**{"vocab": 32128, "head_dim": 64, **sizes})
         assert repo.startswith(("google-t5/", "google/"))
-    assert set(ON_HUB.values()) <= set(T5)
+    assert {known.hub for known in ON_HUB.values()} <= set(T5)
     large = T5Spec(**{"vocab": 32128, "head_dim": 64, **T5["google-t5/t5-large"]})
     assert sum(int(np.prod(leaf.shape)) for leaf in layout(large).values()) == 737_668_096
 

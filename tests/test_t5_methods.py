@@ -36,18 +36,15 @@ REFUSED = {
     "generative replay": "a model with an encoder does not write prompts",
     "lamol": "a model with an encoder does not write prompts",
     "inflora": "other tokens in each stack",
-    "prompt_tuning": "no place for a soft prompt",
-    "prompt_tuning by task": "no place for a soft prompt",
     "prefix_tuning": "no place for a prefix",
     "prefix_tuning by task": "no place for a prefix",
-    "progressive_prompts": "no place for a soft prompt",
     "bottleneck": "a T5Spec takes no bottleneck adapters",
     "bottleneck routed": "a T5Spec takes no bottleneck adapters",
     "llama_pro": "the layers of a T5Spec cannot be copied",
     "grace": "T5Spec has none",
     "elle": "elle cannot grow a T5Spec",
 }
-QUICK = ("olora", "replay", "ewc", "grpo")
+QUICK = ("olora", "replay", "ewc", "grpo", "progressive_prompts")
 TRAINED = [name for name in ROWS if name not in REFUSED]
 
 

@@ -12,6 +12,7 @@ from t5_models import BUCKETS, DISTANCE, SIZES, SPECS, VOCAB, batch, drawn, logi
 
 from jaxcl.methods.lora import lora
 from jaxcl.methods.olora import olora
+from jaxcl.methods.prompt_tuning import prompt_tuning
 from jaxcl.models import fetch
 from jaxcl.models.export_hf import write_hf
 from jaxcl.models.export_peft import write_peft
@@ -35,7 +36,7 @@ def theirs(kind: str, **sizes):
     torch.manual_seed(0)
     projection, tied = KINDS[kind]
     config = transformers.T5Config(
-        feed_forward_proj=projection, tie_word_embeddings=tied, decoder_start_token_id=0, **sizes
+        feed_forward_proj=projection, tie_word_embeddings=tied, decoder_start_token_id=0, dropout_rate=0.0, **sizes
     )
     model = transformers.T5ForConditionalGeneration(config)
     if not tied:
@@ -141,6 +142,20 @@ def test_adapters_load_in_peft(tmp_path):
     assert set(config.target_modules) == {"q", "v"} and config.task_type == "SEQ_2_SEQ_LM"
     assert config.r == 4 and sum("lora_A" in name for name, _ in adapted.named_parameters()) == 3 * 2 * 2
     assert worst(adapted, spec, done.params, texts()) < 1e-4 < before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_soft_prompt_loads_in_peft(kind, tmp_path):
+    model = tiny(kind)
+    model.save_pretrained(tmp_path / "base")
+    weights = read_safetensors(tmp_path / "base")
+    base = {k: np.asarray(v) for k, v in weights.params.items()}
+    given = {"spec": weights.spec, "params": {k: jax.numpy.asarray(v) for k, v in base.items()}}
+    done = support.run([prompt_tuning(length=5, hidden=8)], tmp_path / "run", n=2, **given)
+    write_peft_into(tmp_path / "prompt", done.loop.now.world.spec, done.params, base, {"model": str(tmp_path / "base")})
+    before = worst(model, weights.spec, done.params, texts())
+    prompted = peft.PeftModel.from_pretrained(model, tmp_path / "prompt").eval()
+    assert worst(prompted, weights.spec, done.params, texts()) < 1e-4 < before
 
 
 def write_peft_into(folder, spec, params, base, source) -> None:

@@ -21,6 +21,7 @@ from jaxcl.models.gguf_header import read_header
 from jaxcl.models.known import Known
 from jaxcl.models.safetensors_file import read_safetensors, weight_files
 from jaxcl.models.tokenizer import ByteTokenizer, from_folder, from_gguf
+from jaxcl.registry import TABLES
 
 LAYERS, WIDTH, HEADS, KV, DIM, MLP = 2, 32, 4, 2, 8, 64
 TOKENS = ["<eos>", *"abcdefgh0123", "Ġ", "ab", "Ġab", "12"]
@@ -540,6 +541,26 @@ def test_a_source_with_other_bytes_is_not_let_in(registry, tmp_path, monkeypatch
     with pytest.raises(RequestError, match=r"config\.json has SHA-256"):
         fetch.fetch("tiny")
     assert list((tmp_path / "cache/models/tiny").iterdir()) == []
+
+
+def test_models_of_the_hub_have_no_pinned_files(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot(repo, revision, files, *, offline):
+        asked.append((repo, revision, offline))
+        return tmp_path / "snapshot"
+
+    monkeypatch.setattr(download, "hub_snapshot", snapshot)
+    assert fetch.fetch("t5-large") == fetch.fetch("someone/model@abc", offline=True) == tmp_path / "snapshot"
+    assert asked == [("google-t5/t5-large", None, False), ("someone/model", "abc", True)]
+    assert fetch.terms("t5-large") is None and "t5-large" in {row["name"] for row in TABLES["models"].rows()}
+    monkeypatch.setattr(download, "hub_snapshot", nowhere_at_all)
+    with pytest.raises(RequestError, match=r"no model .google-t5/t5-small. here, .* no route"):
+        fetch.fetch("t5-small")
+
+
+def nowhere_at_all(*args, **how):
+    nowhere()
 
 
 def test_unknown_names(registry, tmp_path):

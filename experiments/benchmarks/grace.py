@@ -5,7 +5,8 @@ that holds many keys already. The loop does for every row what the reference doe
 model errs, the nearest key, the rule that adds, widens or splits a ball, and ``--steps`` of Adam on one value, each a
 forward and a backward pass with the logits of all positions. Run it from the repository's root:
 
-    python experiments/benchmarks/grace.py --data DIR --edits 4 --rounds 3 --steps 100 --keys 900
+    python experiments/benchmarks/grace.py --data DIR --edits 1 --rounds 5 --steps 100 --keys 900
+    python experiments/benchmarks/grace.py --data DIR --edits 1 --rounds 1000 --every 50 --steps 10 --keys 1
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=4, help="of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm", type=int, default=1, help="rounds that are not counted")
+    parser.add_argument("--every", type=int, default=1, help="the loop takes part in one round of so many")
     parser.add_argument("--steps", type=int, default=100, help="of the inner loop")
     parser.add_argument("--keys", type=int, default=900, help="in the codebook to begin with")
     args = parser.parse_args()
@@ -151,21 +153,24 @@ def main() -> None:
         write_hf(Path(folder), spec, params, tokenizer)
         keys, values = (book[part][: args.keys].__array__().copy() for part in ("keys", "values"))
         loop = Loop(Path(folder), spec.layers * 27 // 32, keys, values, args.steps)
-    found, made = [], 0
-    for _ in range(args.warm + args.rounds):
+    seconds, found, made = [], [], 0
+    for number in range(-args.warm, args.rounds):
         began, cpu = time.perf_counter(), time.process_time()
         run()
-        middle, used = time.perf_counter(), time.process_time()
+        seconds.append(time.perf_counter() - began)
+        if number > 0 and number % args.every:
+            continue
+        used, middle = time.process_time(), time.perf_counter()
         made += sum(loop.edit(*row) for row in rows_of(run.feed.read))
-        done = (middle - began, time.perf_counter() - middle, used - cpu, time.process_time() - used)
+        done = (seconds[-1], time.perf_counter() - middle, used - cpu, time.process_time() - used)
         print("jaxcl {:.1f} s, torch {:.1f} s; of CPU {:.1f} and {:.1f}".format(*done), file=sys.stderr, flush=True)
         found.append(done)
     found = found[args.warm :]
     wall, cpu = ([b / a for a, b in pairs] for pairs in ([(r[0], r[1]) for r in found], [(r[2], r[3]) for r in found]))
     print(json.dumps({
         "edits_a_round": args.edits, "inner_steps": args.steps, "keys": args.keys, "rounds": args.rounds,
-        "edits_per_second": args.edits / statistics.median(r[0] for r in found),
-        "torch_edits_per_second": args.edits / statistics.median(r[1] for r in found),
+        "rounds_of_torch": len(found), "edits_per_second": args.edits / statistics.mean(seconds[args.warm :]),
+        "torch_edits_per_second": args.edits / statistics.mean(r[1] for r in found),
         "times_as_many": statistics.median(wall), "range": [min(wall), max(wall)], "by_cpu": statistics.median(cpu),
         "edited": [int(run.state.live["grace"]["made"].sum()), made],
     }, indent=1))  # fmt: skip

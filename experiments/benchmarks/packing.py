@@ -5,7 +5,7 @@ the same target tokens; so the ratio of the times of an epoch is that of the tim
 takes 8 rows at a time in random order. From the repository's root:
 
     JAXCL_DATA=DIR taskset -c 0,1 python experiments/benchmarks/packing.py agnews
-    JAXCL_DATA=DIR taskset -c 0,1 python experiments/benchmarks/packing.py superni --rows 48 --window 512 --pack 4
+    JAXCL_DATA=DIR taskset -c 0,1 python experiments/benchmarks/packing.py superni --rows 32 --window 512 --pack 4
 """
 
 from __future__ import annotations

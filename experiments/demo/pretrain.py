@@ -59,15 +59,15 @@ def identity(cfg: Any) -> dict[str, Any]:
 
 
 def weights(
-    cfg: Any, texts: Sequence[Sequence[str]], folder: Path, reporter: Reporter | None = None
+    cfg: Any, texts: Sequence[Sequence[str]], folder: Path, reporter: Reporter | None = None, pieces: int = PIECES
 ) -> tuple[Params, str]:
     """(parameters, SHA-256 of their file) of the base in run directory ``folder``, trained now where it is absent.
-    texts: the documents of each kind.
+    texts: the documents of each kind, ``pieces`` of which are in the mix.
 
     Raises RequestError when the file there is no safetensors file, or the run there had another config.
     """
     file = folder / "weights.safetensors"
-    experiment = _experiment(cfg, texts, file)
+    experiment = _experiment(cfg, texts, file, pieces)
     train(experiment, folder, name="demo base", config=identity(cfg), reporter=reporter)
     try:
         return {k: jax.numpy.asarray(v) for k, v in load_file(file).items()}, sha256(file)
@@ -75,9 +75,9 @@ def weights(
         raise RequestError(f"{file} holds no weights ({e}); remove {folder} and start again") from e
 
 
-def _experiment(cfg: Any, texts: Sequence[Sequence[str]], file: Path) -> Experiment:
+def _experiment(cfg: Any, texts: Sequence[Sequence[str]], file: Path, pieces: int) -> Experiment:
     model = decoder(spec(cfg))
-    mix = [piece for documents in texts for piece in excerpts(documents, cfg.window - 1, PIECES)]
+    mix = [piece for documents in texts for piece in excerpts(documents, cfg.window - 1, pieces)]
     stage = Stage("base", rows("base", mix, cfg.window))
 
     def save(world: World, own: Own) -> tuple[World, Own]:

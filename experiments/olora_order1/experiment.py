@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct learns dbpedia, amazon, yahoo and AG News one after another (O-LoRA's order 1).
 
-Run one of five methods on the same rows and the same LoRA sites (q and v), for example:
+Run one of these methods on the same rows, beside LoRA at the same sites (q and v) where it is no adapter itself:
 
     jaxcl run olora_order1 --set method=olora
     jaxcl run olora_order1 --set method=joint --set rows=640
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
 import optax
 
@@ -20,11 +22,22 @@ from jaxcl.core.types import Method
 from jaxcl.data.olora import olora_evals, olora_stages
 from jaxcl.errors import unknown
 from jaxcl.evaluate.general import general_suite
+from jaxcl.methods.agem import agem
+from jaxcl.methods.bottleneck import bottleneck
 from jaxcl.methods.ewc import ewc
+from jaxcl.methods.feature_reg import feature_reg
+from jaxcl.methods.ia3 import ia3
 from jaxcl.methods.inclora import inclora
+from jaxcl.methods.inflora import inflora
 from jaxcl.methods.joint import joint
 from jaxcl.methods.lora import lora
+from jaxcl.methods.lora_experts import lora_experts
+from jaxcl.methods.lwf import lwf
+from jaxcl.methods.mas import mas
+from jaxcl.methods.mir import mir
+from jaxcl.methods.ogd import ogd
 from jaxcl.methods.olora import olora
+from jaxcl.methods.prompt_tuning import prompt_tuning
 from jaxcl.methods.replay import replay
 from jaxcl.models.fetch import load
 from jaxcl.models.stacking import restack
@@ -67,25 +80,37 @@ class Config:
     save_every: int = 50
 
 
-METHODS = ("lora", "inclora", "olora", "replay", "ewc", "joint")
+ADAPTERS: dict[str, Callable[[Config, dict[str, Any]], Method]] = {
+    "inclora": lambda cfg, adapter: inclora(**adapter),
+    "olora": lambda cfg, adapter: olora(**adapter, strength=cfg.strength, norm=cfg.norm),
+    "inflora": lambda cfg, adapter: inflora(rank=cfg.rank, targets=adapter["targets"], stages=4, rows=64),
+    "ia3": lambda cfg, adapter: ia3(),
+    "prompt_tuning": lambda cfg, adapter: prompt_tuning(length=20),
+    "bottleneck": lambda cfg, adapter: bottleneck(),
+    "lora_experts": lambda cfg, adapter: lora_experts(max_experts=4),
+}
+BESIDE: dict[str, Callable[[Config], list[Method]]] = {
+    "lora": lambda cfg: [],
+    "replay": lambda cfg: [replay(ratio=cfg.replay_ratio, capacity=cfg.replay_capacity, seed=cfg.seed)],
+    "mir": lambda cfg: [mir(candidates=2, capacity=cfg.replay_capacity, seed=cfg.seed)],
+    "agem": lambda cfg: [agem(capacity=cfg.replay_capacity, seed=cfg.seed)],
+    "ogd": lambda cfg: [ogd(rows=cfg.ewc_rows)],
+    "ewc": lambda cfg: [ewc(strength=cfg.ewc_strength, rows=cfg.ewc_rows)],
+    "mas": lambda cfg: [mas(rows=cfg.ewc_rows)],
+    "lwf": lambda cfg: [lwf()],
+    "feature_reg": lambda cfg: [feature_reg()],
+    "joint": lambda cfg: [joint()],
+}
 
 
 def methods(cfg: Config) -> list[Method]:
-    """The runs that are compared; all but O-LoRA and IncLoRA train one sequential adapter."""
-    if cfg.method not in METHODS:
-        raise unknown("method", cfg.method, METHODS, where="--set method")
+    """The runs that are compared: an adapter, or a method beside one LoRA that goes through all stages."""
     adapter = {"rank": cfg.rank, "alpha": cfg.alpha, "dropout": cfg.dropout, "targets": list(cfg.targets)}
-    if cfg.method == "olora":
-        return [olora(**adapter, strength=cfg.strength, norm=cfg.norm)]
-    if cfg.method == "inclora":
-        return [inclora(**adapter)]
-    beside = {
-        "lora": [],
-        "replay": [replay(ratio=cfg.replay_ratio, capacity=cfg.replay_capacity, seed=cfg.seed)],
-        "ewc": [ewc(strength=cfg.ewc_strength, rows=cfg.ewc_rows)],
-        "joint": [joint()],
-    }
-    return [lora(**adapter), *beside[cfg.method]]
+    if cfg.method in ADAPTERS:
+        return [ADAPTERS[cfg.method](cfg, adapter)]
+    if cfg.method not in BESIDE:
+        raise unknown("method", cfg.method, [*ADAPTERS, *BESIDE], where="--set method")
+    return [lora(**adapter), *BESIDE[cfg.method](cfg)]
 
 
 def build(cfg: Config) -> Experiment:

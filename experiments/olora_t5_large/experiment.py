@@ -19,7 +19,7 @@ order1: Any = experiment_files.load("olora_order1")
 class Config(order1.Config):
     """O-LoRA's code for orders 1 to 3 (Wang et al. 2023): all rows, one pass, batch 64, rate 1e-3 constant, rank 8,
     alpha 32, dropout 0.1, strength 0.5, a source of 512 and a target of 50 tokens, exact match of what is written. For
-    a GPU or a slice of TPUs; the dropout inside T5 itself (0.1) is not part of this."""
+    a GPU or a slice of TPUs. T5's own dropout is what its config says, 0.1."""
 
     model: str = "t5-large"
     rows: int | None = None

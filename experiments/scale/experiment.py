@@ -19,7 +19,7 @@ from jaxcl.data.encode import Example, encode
 from jaxcl.data.stage import Stage
 from jaxcl.errors import RequestError, unknown
 from jaxcl.models.decoder import decoder
-from jaxcl.models.known import ON_HUB, T5
+from jaxcl.models.known import ON_HUB, T5, repository
 from jaxcl.models.spec import DecoderSpec, RopeScaling, tiny
 from jaxcl.models.t5 import t5
 from jaxcl.models.t5_spec import T5Spec
@@ -70,7 +70,7 @@ def spec_of(cfg: Config) -> DecoderSpec | T5Spec:
     """The model's sizes, its layers in one stack. RequestError on an unknown model."""
     kinds: dict[str, Any] = {"dtype": cfg.compute, "param_dtype": cfg.base, "remat": cfg.remat}
     kinds["nll_chunk"] = cfg.batch_size * 128
-    name = ON_HUB.get(cfg.model, cfg.model)
+    name = repository(cfg.model)
     if name in T5:
         sizes = {"vocab": 32128, "head_dim": 64, **T5[name]}
         return T5Spec(**sizes, **kinds, segments=((("block",), sizes["layers"]),))

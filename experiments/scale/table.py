@@ -1,15 +1,17 @@
 """The table of README.md: plans of large models on six slices, kept as JSON in a folder, so that it can stop and go on.
 
-    python experiments/scale/table.py --out runs/scale             # compiles what is missing, one after another
+    python experiments/scale/table.py --out runs/scale             # compiles what is missing
     python experiments/scale/table.py --out runs/scale --write     # writes the table of what is there
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +39,23 @@ def command(model: str, method: str, settings: tuple[str, ...], topology: str) -
     return ["plan", "scale", "--topology", topology, *sets, "--suggest", "--json"]
 
 
-def compile_missing(out: Path, wanted: list[str]) -> None:
-    """One process a plan; a file is written when its plan is there. ``wanted``: parts of the names of plans."""
+def compile_missing(out: Path, wanted: list[str], jobs: int) -> None:
+    """One process a plan, ``jobs`` at a time; a file is written when its plan is there. ``wanted``: parts of the names
+    of plans."""
     out.mkdir(parents=True, exist_ok=True)
-    for model, method, settings in CASES:
-        for topology in SLICES:
-            name = f"{model}-{method}-{topology.replace(':', '-')}"
-            file = out / f"{name}.json"
-            if file.exists() or not all(part in name for part in wanted):
-                continue
-            words = [sys.executable, "-m", "jaxcl", *command(model, method, settings, topology)]
-            done = subprocess.run(words, capture_output=True, text=True)
-            print(f"{name}: {'planned' if done.returncode == 0 else done.stderr.strip().splitlines()[-1]}", flush=True)
-            if done.returncode == 0:
-                file.write_text(done.stdout, encoding="utf-8")
+    plans = {f"{case[0]}-{case[1]}-{t.replace(':', '-')}": (*case, t) for case in CASES for t in SLICES}
+    missing = [n for n in plans if not (out / f"{n}.json").exists() and all(part in n for part in wanted)]
+
+    def compile_one(name: str) -> None:
+        began, words = time.monotonic(), [sys.executable, "-m", "jaxcl", *command(*plans[name])]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode == 0:
+            (out / f"{name}.json").write_text(done.stdout, encoding="utf-8")
+        said = f"planned in {time.monotonic() - began:.0f} s" if done.returncode == 0 else done.stderr.strip()[-300:]
+        print(f"{name}: {said}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(compile_one, missing))
 
 
 def row(found: dict[str, Any]) -> list[str]:
@@ -81,10 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/scale"))
     parser.add_argument("--only", nargs="*", default=[], help="Parts of a plan's name, such as llama3-8b v5e.")
+    parser.add_argument("--jobs", type=int, default=1, help="Plans made at the same time, each on about one core.")
     parser.add_argument("--write", action="store_true", help="Write the table into README.md.")
     args = parser.parse_args()
     if not args.write:
-        compile_missing(args.out, args.only)
+        compile_missing(args.out, args.only, args.jobs)
         return
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -57,16 +57,21 @@ def lora_scale(rank: int, alpha: float, rslora: bool) -> float:
 
 def attach(world: World, rank: int, scale: float, dropout: float, targets: Sequence[str]) -> tuple[World, Own]:
     """The world with fresh adapters at the targets; the memory lists the sites."""
-    if not 0 <= dropout < 1:
-        raise RequestError(f"dropout is {dropout}; accepted: 0 up to but not including 1")
-    where = sites(world.params, targets)
-    spec = world.spec
-    if dropout:
-        if not hasattr(spec, "adapter_dropout"):
-            raise RequestError(f"this model has no adapter dropout; set dropout to 0 (it is {dropout})")
-        spec = dataclasses.replace(spec, adapter_dropout=dropout)
+    spec, where = with_dropout(world.spec, dropout), sites(world.params, targets)
     params = add_lora(world.params, where, rank, scale, world.key)
     return world._replace(params=params, spec=spec), {"host": {"sites": where}}
+
+
+def with_dropout(spec: Any, dropout: float) -> Any:
+    """The spec with dropout on its adapters' inputs; at 0 it stays as it is. RequestError outside [0, 1), or for a
+    model that has none."""
+    if not 0 <= dropout < 1:
+        raise RequestError(f"dropout is {dropout}; accepted: 0 up to but not including 1")
+    if not dropout:
+        return spec
+    if not hasattr(spec, "adapter_dropout"):
+        raise RequestError(f"this model has no adapter dropout; set dropout to 0 (it is {dropout})")
+    return dataclasses.replace(spec, adapter_dropout=dropout)
 
 
 def freeze_base(world: World, own: Own) -> dict[str, bool]:

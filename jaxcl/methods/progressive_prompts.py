@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from jaxcl.core.types import Apply, Batch, Clock, Method, Outputs, Own, Params, World, method
 from jaxcl.errors import KeyTaken, RequestError
-from jaxcl.methods.decoder_only import decoder_only
 from jaxcl.methods.prompt_tuning import mask
 from jaxcl.methods.tasks import BANK, UNTOLD, check_stages, check_told, full, next_task, opened
 from jaxcl.models.prompt import ROWS, VALID, produced
@@ -55,7 +54,6 @@ def progressive_prompts(
     def begin(world: World, own: Own | None) -> tuple[World, Own]:
         rows: Params
         if own is None:
-            decoder_only(world.spec, name, "has no place for a soft prompt")
             if length < 1:
                 check_room(world.spec, length, 0, name)
             if ROWS in world.params:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from jaxcl.core.types import Method, Own, Params, World, method
 from jaxcl.errors import KeyTaken, RequestError, unknown
-from jaxcl.methods.decoder_only import decoder_only
 from jaxcl.methods.tasks import by_task, check_stages, check_told, next_task, of_rows, opened
 from jaxcl.models.prompt import ROWS, VALID, produced
 from jaxcl.surgery.edit import restart
@@ -61,7 +60,6 @@ def prompt_tuning(
         return (restart(world, net) if net else world), own
 
     def first(world: World) -> tuple[World, Own]:
-        decoder_only(world.spec, name, "has no place for a soft prompt")
         tokens = next(world.tools.batches(world.stage, 1))["tokens"]
         check_room(world.spec, length, tokens.shape[1], name)
         if ROWS in world.params:

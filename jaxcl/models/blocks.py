@@ -16,6 +16,7 @@ from flax import nnx
 from .attention import Part, attend
 from .bottleneck import Bottleneck
 from .cache import Written, write
+from .experts import Experts
 from .flow import Flow, SiteFlow
 from .layout import FACTORS
 from .prefix import Prefix
@@ -47,6 +48,7 @@ class Dense(nnx.Module):
     (Hu et al. 2021, eq. 3); bank_a [S, r, in], bank_b [S, out, r], bank_scale []: the same, summed over slots with
     the weights ``flow.bank`` [B, S]; in_scale [in], out_scale [out]: x and y times these, unit by unit; in_delta,
     out_delta: times 1 plus these (IA3). Any of the four may be [B, units], one for each row (HAT, IA3 by task).
+    expert_*: see `jaxcl.models.experts`.
     """
 
     kernel: nnx.Param
@@ -67,6 +69,7 @@ class Dense(nnx.Module):
         for name in DENSE_KEYS:
             if name in view:
                 setattr(self, name, nnx.Param(view[name]))
+        self.experts = Experts(view)
 
     def __call__(self, x: jax.Array, flow: SiteFlow) -> jax.Array:
         x = self.scaled(x, "in")
@@ -74,7 +77,7 @@ class Dense(nnx.Module):
         y = product(x, self.kernel[...].astype(x.dtype))
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(y.dtype)
-        y = self.adapted(x, y, flow)
+        y = self.experts(x, self.adapted(x, y, flow), flow, self.site)
         return flow.through(self.site, x, self.scaled(y, "out"))
 
     def scaled(self, x: jax.Array, side: str) -> jax.Array:
@@ -163,7 +166,7 @@ class Attention(nnx.Module):
         q = rotate(self.heads(self.q(x, flow), self.q_norm), flow.rope)
         k = rotate(self.heads(self.k(x, flow), self.k_norm), flow.rope)
         new = Written(k, self.heads(self.v(x, flow)))
-        parts = [Part(*new, flow.block), *self.prefix.parts(flow, k)]
+        parts = [Part(*new, flow.block, causal=True), *self.prefix.parts(flow, k)]
         if cached is not None and flow.past is not None:
             parts.append(Part(*cached, flow.past))
         y = attend(q, parts, self.spec.attn_scale).reshape(*x.shape[:-1], -1)
@@ -183,7 +186,8 @@ class GatedMLP(nnx.Module):
         self.gate, self.up, self.down = (Dense(below(view, n), f"mlp/{n}") for n in ("gate", "up", "down"))
 
     def __call__(self, x: jax.Array, flow: SiteFlow) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.gate(x, flow)) * self.up(x, flow), flow)
+        hidden = ACTIVATIONS[self.activation](self.gate(x, flow)) * self.up(x, flow)
+        return self.down(flow.own("mlp/down:in", hidden), flow)
 
 
 class Block(nnx.Module):

@@ -129,6 +129,7 @@ def flows_of(
     whole = Flow(
         rope=rope(spec, "block", positions),
         block=prompt.seen(block) if prompt else block,
+        real=batch["segments"] > 0,
         skip=skip,
         prefix=prefix,
         bank=batch.get("bank_weight"),
@@ -169,7 +170,7 @@ def run_segment(
     injected: dict[str, dict[str, Inject]],
     remat: str,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any], Cache]:
-    """One segment of layers: (x [B,T,D], taps by path, notes of injections by site, cache entries), each with a
+    """One segment of layers: (x [B,T,D], taps by path, notes by site, cache entries), each with a
     leading R when stacked. ``layer`` runs one of them, ``flows`` are by kind of layer."""
     views = {prefix: below(params, prefix) for prefix in run.prefixes}
     old = {prefix: below(cache, prefix) for prefix in run.prefixes}

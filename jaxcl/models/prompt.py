@@ -6,6 +6,8 @@ its sequence is P longer inside: the rows that are there have positions 0, 1, ..
 every segment of a packed row sees them. Later blocks find them in the cache. What goes in and comes out keeps the
 tokens' positions.
 
+In T5 the prompt stands before the source, see `jaxcl.models.t5_rows.behind`.
+
 ``prompt/mlp_*``: P = P0 + LayerNorm(W2 relu(W1 P0)) in place of P0 (Razdaibiedina et al. 2023, with a residual).
 """
 

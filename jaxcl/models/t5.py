@@ -25,9 +25,10 @@ from .cache import Cache, closed, route
 from .decoder import Layer, drawn, run_segment, visible
 from .decoder import logits as plain_logits
 from .nll import batch_nll, chunked_nll
+from .prompt import prompt_of
 from .t5_blocks import T5Block, T5Flow
 from .t5_positions import position_bias
-from .t5_rows import Side, placed, prompts, sides
+from .t5_rows import Side, behind, placed, prompts, sides
 from .t5_spec import SIDES, T5Spec, axes, layout, tap_names
 from .taps import check_taps, local_injections, local_taps, select
 
@@ -64,8 +65,9 @@ def apply(
     """
     if start is not None:
         raise RequestError("T5 cannot start at a layer; accepted: whole forward passes")
-    if train and spec.adapter_dropout and key is None:
-        raise RequestError(f"adapter_dropout is {spec.adapter_dropout} without a key; accepted: train and key")
+    for name in ("dropout", "adapter_dropout"):
+        if train and key is None and getattr(spec, name):
+            raise RequestError(f"{name} is {getattr(spec, name)} without a key; accepted: train and key")
     run = _Pass(spec, params, batch, key if train else None, taps, inject or {})
     if cache is None:
         return run.whole()
@@ -90,7 +92,8 @@ class _Pass:
         spec, batch = self.spec, self.batch
         source, target = sides(batch, spec.start, spec.end)
         flow = self.flow("decoder", target, visible(target.segments))
-        flow.source, flow.reads = self.encoded(source), seeing(target, source)
+        flow.source, read = self.encoded(source)
+        flow.reads = seeing(target, read)
         hidden, _ = self.stack("decoder", target, flow, {})
         at = batch["targets_at"]
         labels = jnp.take_along_axis(batch["tokens"], jnp.maximum(at, 0), axis=1)
@@ -109,11 +112,12 @@ class _Pass:
         room = cache["valid"].shape[1] - width + 1  # the first token's slot, and those of what is written later
         own = {**cache, "valid": jnp.zeros((b, max(room, 1)), bool)}
         flow = self.flow("decoder", target, visible(one), own)
-        flow.source, flow.reads = self.encoded(source), (source.segments > 0)[:, None]
+        flow.source, read = self.encoded(source)
+        flow.reads = (read.segments > 0)[:, None]
         hidden, written = self.stack("decoder", target, flow, {})
         made = closed(own, flow, written)
         assert made is not None
-        made |= {"source": source.segments > 0, "begins": begins}
+        made |= {"source": read.segments > 0, "begins": begins}
         return self.outputs(None, jnp.broadcast_to(hidden, (b, width, hidden.shape[-1])), made)
 
     def extended(self, cache: Cache) -> Outputs:
@@ -132,10 +136,16 @@ class _Pass:
     def outputs(self, nll: Any, hidden: jax.Array, cache: Cache | None) -> Outputs:
         return Outputs(nll=nll, hidden=hidden, taps=self.seen, aux=self.notes, cache=cache)
 
-    def encoded(self, source: Side) -> jax.Array:
-        same = source.segments[:, :, None] == source.segments[:, None, :]
-        flow = self.flow("encoder", source, same & (source.segments > 0)[:, :, None])
-        return self.stack("encoder", source, flow, {})[0]
+    def encoded(self, source: Side) -> tuple[jax.Array, Side]:
+        """(what the encoder makes of a source [B,M,D], all that it read): a soft prompt stands before the source."""
+        prompt = prompt_of(self.params, len(source.tokens), self.spec.dtype)
+        read = source if prompt is None else behind(prompt, source, "rows" in self.batch)
+        same = read.segments[:, :, None] == read.segments[:, None, :]
+        flow = self.flow("encoder", read, same & (read.segments > 0)[:, :, None])
+        if prompt is None:
+            return self.stack("encoder", read, flow, {})[0], read
+        flow.skip = prompt.length
+        return self.stack("encoder", read, flow, {}, prompt.rows)[0], read
 
     def flow(self, side: str, read: Side, block: jax.Array, cache: Cache | None = None) -> T5Flow:
         """The flow of a stack; dropout draws other numbers in each."""
@@ -144,21 +154,26 @@ class _Pass:
         bias = position_bias(table, read.positions, read.positions, **how)
         key = None if self.key is None else jax.random.fold_in(self.key, SIDES.index(side))
         made = T5Flow(
-            block=block, bias=bias, bank=self.batch.get("bank_weight"), rate=spec.adapter_dropout, key=key,
+            block=block, bias=bias, real=read.segments > 0, bank=self.batch.get("bank_weight"),
+            rate=spec.adapter_dropout, own_rate=spec.dropout, key=key,
             **route(cache, {"segments": read.segments, "positions": read.positions}),
         )  # fmt: skip
         if made.past is not None:
             made.past_bias = position_bias(table, read.positions, jnp.arange(made.size)[None], **how)
         return made
 
-    def stack(self, side: str, read: Side, flow: T5Flow, cache: Cache) -> tuple[jax.Array, Cache]:
-        """(what the encoder or decoder makes of its tokens [B,T,D] after the last norm, its cache entries)."""
+    def stack(
+        self, side: str, read: Side, flow: T5Flow, cache: Cache, rows: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """(what the encoder or decoder makes of its tokens [B,T,D] after the last norm, its cache entries); ``rows``
+        [B,P,D] stand before the tokens."""
         spec, own, old = self.spec, below(self.params, side), below(cache, side)
         taps = tuple(name.removeprefix(side + "/") for name in self.taps if name.startswith(side + "/"))
         injected = {k.removeprefix(side + "/"): f for k, f in self.inject.items() if k.startswith(side + "/")}
         known = [name.removeprefix(side + "/") for name in self.known if name.startswith(side + "/")]
         placed_here = local_injections(spec, injected, known)
         x = Embedding(below(self.params, "embed"))(read.tokens, spec.dtype)
+        x = flow.own("embed", x if rows is None else jnp.concatenate([rows, x], axis=1))
         seen: dict[str, jax.Array] = {}
         written: Cache = {}
         for run in spec.runs:
@@ -169,7 +184,7 @@ class _Pass:
             self.notes |= {f"{side}/{site}": value for site, value in left.items()}
             written |= {f"{side}/{name}": leaf for name, leaf in new.items()}
         self.seen |= {f"{side}/{name}": value for name, value in select(spec, seen, taps).items()}
-        return RMSNorm(below(own, "final_norm"), spec.norm_eps)(keep_rows(x)), written
+        return flow.own("final_norm", RMSNorm(below(own, "final_norm"), spec.norm_eps)(keep_rows(x))), written
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         return logits(self.spec, self.params, hidden)

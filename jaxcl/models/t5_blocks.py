@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from .attention import Part, attend
@@ -35,7 +36,7 @@ class T5Attention(nnx.Module):
     """Attention whose scores are not scaled: the initial weights of q are (Raffel et al. 2020)."""
 
     def __init__(self, view: View, site: str, head_dim: int):
-        self.head_dim = head_dim
+        self.site, self.head_dim = site, head_dim
         self.q, self.k, self.v, self.o = (Dense(below(view, n), f"{site}/{n}") for n in "qkvo")
 
     def keys(self, x: jax.Array, flow: T5Flow) -> Written:
@@ -43,8 +44,16 @@ class T5Attention(nnx.Module):
         return Written(self.heads(self.k(x, flow)), self.heads(self.v(x, flow)))
 
     def __call__(self, x: jax.Array, parts: list[Part], flow: T5Flow) -> jax.Array:
-        y = attend(self.heads(self.q(x, flow)), parts, 1.0)
-        return self.o(y.reshape(*x.shape[:-1], -1), flow)
+        y = attend(self.heads(self.q(x, flow)), [self.thinned(i, part, flow) for i, part in enumerate(parts)], 1.0)
+        return flow.own(self.site, self.o(y.reshape(*x.shape[:-1], -1), flow))
+
+    def thinned(self, number: int, part: Part, flow: T5Flow) -> Part:
+        """The part with dropout on its attention weights."""
+        if flow.key is None or flow.own_rate == 0.0:
+            return part
+        (b, t, s), heads = part.mask.shape, part.k.shape[2]
+        ones = jnp.ones((b, heads, t, s), jnp.float32)
+        return part._replace(kept=flow.own(f"{self.site}/weights/{number}", ones))
 
     def heads(self, y: jax.Array) -> jax.Array:
         return y.reshape(*y.shape[:-1], -1, self.head_dim)
@@ -57,7 +66,7 @@ class ReluMLP(nnx.Module):
         self.up, self.down = (Dense(below(view, n), f"mlp/{n}") for n in ("up", "down"))
 
     def __call__(self, x: jax.Array, flow: SiteFlow) -> jax.Array:
-        return self.down(ACTIVATIONS["relu"](self.up(x, flow)), flow)
+        return self.down(flow.own("mlp/down:in", ACTIVATIONS["relu"](self.up(x, flow))), flow)
 
 
 class T5Block(nnx.Module):
@@ -74,7 +83,7 @@ class T5Block(nnx.Module):
         """(x after the layer, the cache entries that it writes); old: its entries so far."""
         normed = self.attn_norm(x)
         new = self.attn.keys(normed, flow)
-        parts = [Part(*new, flow.block, flow.bias)]
+        parts = [Part(*new, flow.block, flow.bias, causal=self.cross is not None)]
         cached = Written(old["k"], old["v"]) if "k" in old else None
         if cached is not None and flow.past is not None:
             parts.append(Part(*cached, flow.past, flow.past_bias))
@@ -84,7 +93,7 @@ class T5Block(nnx.Module):
         if self.cross is not None:
             y, kept = self.cross(x, flow, below(old, "cross"))
             x, entries = x + y, entries | {f"cross/{name}": leaf for name, leaf in kept.items()}
-        x = x + self.mlp(self.mlp_norm(x), flow)
+        x = x + flow.own("mlp", self.mlp(self.mlp_norm(x), flow))
         flow.see("out", x)
         return x, entries
 
@@ -102,6 +111,6 @@ class Cross(nnx.Module):
         if flow.source is None:
             keys = Written(old["k"], old["v"])
         else:
-            keys = self.attn.keys(flow.source, flow)
+            keys = self.attn.keys(flow.source, dataclasses.replace(flow, real=jnp.any(flow.reads, axis=1)))
         y = self.attn(self.norm(x), [Part(*keys, flow.reads)], flow)
         return y, {"k": keys.k, "v": keys.v} if flow.mode == "fill" else {}

@@ -66,17 +66,21 @@ def t5_spec(config: Config, where: str | Path = "config.json") -> T5Spec:
     projection = config.get("feed_forward_proj", "relu")
     if projection not in PROJECTIONS:
         raise wrong("feed_forward_proj", " or ".join(map(repr, PROJECTIONS)))
-    eps = config.get("layer_norm_epsilon", 1e-6)
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise wrong("layer_norm_epsilon", "a number")
+    eps, dropout = config.get("layer_norm_epsilon", 1e-6), config.get("dropout_rate", 0.1)
+    for name, value in (("layer_norm_epsilon", eps), ("dropout_rate", dropout)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise wrong(name, "a number")
+    if not 0 <= dropout < 1:
+        raise wrong("dropout_rate", "0 up to below 1")
     scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False)
     if not isinstance(scaled, bool):
         raise wrong("scale_decoder_outputs", "True or False")
     end = whole("eos_token_id", 1)
     start = whole("decoder_start_token_id", config.get("pad_token_id") or 0)
     return T5Spec(
-        gated=PROJECTIONS[projection], scaled=scaled, norm_eps=float(eps), start=start, end=end, **sizes
-    )
+        gated=PROJECTIONS[projection], scaled=scaled, norm_eps=float(eps), dropout=float(dropout), start=start, end=end,
+        **sizes,
+    )  # fmt: skip
 
 
 def t5_config(spec: T5Spec) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def t5_config(spec: T5Spec) -> dict[str, Any]:
         "num_decoder_layers": spec.layers,
         "feed_forward_proj": names[spec.gated],
         "layer_norm_epsilon": spec.norm_eps,
-        "dropout_rate": 0.1,
+        "dropout_rate": spec.dropout,
         "tie_word_embeddings": spec.scaled,  # which transformers takes for the scaling; the weights say what is tied
         "scale_decoder_outputs": spec.scaled,
         "decoder_start_token_id": spec.start,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from ..core.types import Batch
 from ..errors import RequestError
+from .prompt import Prompt
 
 PLAIN = (
     "T5 reads rows of a prompt and an answer, plain text has no source; accepted: rows with targets, such as text with "
@@ -68,6 +69,18 @@ def prompts(batch: Batch, end: int | None) -> tuple[Side, jax.Array]:
         here = (jnp.arange(tokens.shape[1]) == length[:, None]) & (length > 0)[:, None]
         tokens, segments = jnp.where(here, end, tokens), jnp.where(here, 1, segments)
     return Side(tokens, segments, jnp.arange(tokens.shape[1])[None]), length
+
+
+def behind(prompt: Prompt, source: Side, packed: bool) -> Side:
+    """The source with a soft prompt before it: segments and positions [B,P+T], the tokens as they are.
+
+    The encoder reads both ways, so the prompt is of a row's one segment. RequestError for packed rows.
+    """
+    if packed:
+        raise RequestError("T5's encoder would read packed rows together through a soft prompt; accepted: pack 1")
+    segments = jnp.concatenate([prompt.valid.astype(source.segments.dtype), source.segments], axis=1)
+    after = jnp.sum(prompt.valid, axis=1, dtype=jnp.int32)[:, None] + source.positions
+    return Side(source.tokens, segments, jnp.concatenate([prompt.positions(), after], axis=1))
 
 
 def placed(hidden: jax.Array, at: jax.Array, width: int) -> jax.Array:

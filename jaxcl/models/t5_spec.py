@@ -18,7 +18,7 @@ from .spec import CHOICES, MOST_LAYERS
 KINDS = ("block",)
 SIZES = ("vocab", "width", "layers", "heads", "head_dim", "mlp", "nll_chunk")
 SIDES = ("encoder", "decoder")
-OURS = ("encoder/", "decoder/", "prompt/", "prefix/")
+OURS = ("encoder/", "decoder/", "prefix/")
 """Where keys belong to a model: of these it has to know every one that stands at no dense site."""
 
 
@@ -31,6 +31,8 @@ class T5Spec(Layered):
     what the head reads is divided by sqrt(width); None is as ``tied``. buckets, distance: of relative positions, see
     `jaxcl.models.t5_positions`. start: id that the decoder begins with. end: id that is put behind every source, None
     for nothing.
+    dropout: the model's own in training, on embeddings, attention weights, hidden units and what each part adds, and
+    behind the last norms, as in the T5 code.
     dtype, param_dtype, adapter_dropout, remat, nll_chunk: as in `jaxcl.models.spec.DecoderSpec`. init_scale: times the
     deviations of the T5 code's initial weights. segments: as there, the same for both stacks; the only kind is 'block'.
 
@@ -53,6 +55,7 @@ class T5Spec(Layered):
     end: int | None = 1
     dtype: str = "float32"
     param_dtype: str = "float32"
+    dropout: float = 0.0
     adapter_dropout: float = 0.0
     remat: str = "none"
     nll_chunk: int = 512
@@ -73,8 +76,9 @@ class T5Spec(Layered):
             value = getattr(self, name)
             if (value is not None or name == "start") and value not in range(self.vocab):
                 raise self._refused(name, f"0 to {self.vocab - 1}" + (" or None" if name == "end" else ""))
-        if not 0.0 <= self.adapter_dropout < 1.0:
-            raise self._refused("adapter_dropout", "0 up to below 1")
+        for name in ("dropout", "adapter_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise self._refused(name, "0 up to below 1")
         if not 0.0 <= self.norm_eps < math.inf:
             raise self._refused("norm_eps", "a number from 0 on")
         for name in ("dtype", "param_dtype", "remat"):
