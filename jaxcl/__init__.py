@@ -47,6 +47,7 @@ _HOME = {
     "jaxcl.methods.inflora": "inflora",
     "jaxcl.methods.mas": "mas",
     "jaxcl.methods.mir": "mir",
+    "jaxcl.methods.der": "der",
     "jaxcl.methods.ogd": "ogd",
     "jaxcl.methods.olora": "olora",
     "jaxcl.methods.ppo": "ppo",

@@ -28,6 +28,7 @@ _STATIC = (  # name, kind, group, card, paper
     ),
     ("lamol", "method", "replay", "cft/lamol", "Sun et al. 2020, arXiv 1909.03329"),
     ("mir", "method", "replay", "cft/mir", "Aljundi et al. 2019, arXiv 1908.04742"),
+    ("der", "method", "replay", "cft/knowledge-distillation-lwf", "Buzzega et al. 2020, arXiv 2004.07211"),
     ("l2_sp", "method", "regularization", "cft/l2-sp", "Li et al. 2018, arXiv 1802.01483"),
     ("ewc", "method", "regularization", "cft/ewc", "Kirkpatrick et al. 2017, arXiv 1612.00796"),
     ("si", "method", "regularization", "cft/si", "Zenke et al. 2017, arXiv 1703.04200"),

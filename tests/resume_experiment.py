@@ -14,6 +14,7 @@ from jaxcl.data.stage import Stage
 from jaxcl.errors import unknown
 from jaxcl.methods.agem import agem
 from jaxcl.methods.bottleneck import bottleneck
+from jaxcl.methods.der import der
 from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.feature_reg import feature_reg
@@ -53,6 +54,7 @@ METHODS = {
     "replay": lambda: replay(ratio=0.5, capacity=10),
     "balanced": lambda: replay(ratio=0.5, capacity=10, policy="class_balanced"),
     "mir": lambda: mir(candidates=2, capacity=10, score="s2"),
+    "der": lambda: der(k=4, capacity=10),
     "generative_replay": lambda: generative_replay(gamma=0.5, condition="prefix", kept=4, oversample=4, eos=31),
     "lamol": lambda: lamol(gamma=0.5, eos=31, max_stages=2),
     "l2_sp": lambda: l2_sp(strength=0.5),

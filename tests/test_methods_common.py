@@ -17,6 +17,7 @@ from jaxcl.core.types import Method
 from jaxcl.errors import RequestError
 from jaxcl.methods.agem import agem
 from jaxcl.methods.bottleneck import bottleneck
+from jaxcl.methods.der import der
 from jaxcl.methods.elle import elle
 from jaxcl.methods.ewc import ewc
 from jaxcl.methods.feature_reg import feature_reg
@@ -59,6 +60,7 @@ ROWS: dict[str, Callable[[], Method]] = {
     "replay": lambda: replay(ratio=0.5, capacity=12),
     "replay balanced": lambda: replay(count=4, capacity=8, policy="class_balanced"),
     "mir": lambda: mir(candidates=2, capacity=12, rows=4),
+    "der": lambda: der(k=8, capacity=12),
     "mir s2": lambda: mir(candidates=2, capacity=12, score="s2"),
     "generative replay": lambda: generative_replay(gamma=0.5, condition="prefix", kept=4, oversample=16, eos=31),
     "lamol": lambda: lamol(gamma=0.5, eos=31, max_stages=3),
@@ -119,6 +121,7 @@ NOTHING: dict[str, Callable[[], Method]] = {
     "replay": lambda: replay(ratio=0.5, capacity=0),
     "replay balanced": lambda: replay(count=0, policy="class_balanced"),
     "mir": lambda: mir(capacity=0),
+    "der": lambda: der(alpha=0.0, beta=0.0),
     "generative replay": lambda: generative_replay(gamma=0.0, strength=0.0),
     "lamol": lambda: lamol(gamma=0.0, strength=0.0),
     "l2_sp": lambda: l2_sp(strength=0.0),

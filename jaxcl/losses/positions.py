@@ -1,4 +1,4 @@
-"""Which token of a row is meant: the end of its prompt."""
+"""Which tokens of a row are meant: the end of its prompt, those before its targets."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ def prompt_end(batch: Batch) -> jax.Array:
         return jnp.max(jnp.where(batch["segments"] > 0, jnp.arange(width), 0), axis=1).astype(jnp.int32)
     first = jnp.min(jnp.where(batch["weight"] > 0, batch["targets_at"], width), axis=1)
     return jnp.where(first < width, jnp.maximum(first - 1, 0), 0).astype(jnp.int32)
+
+
+def before(batch: Batch) -> jax.Array:
+    """i32[B,K]: positions whose logits predict the targets."""
+    if "targets_at" in batch:
+        return jnp.maximum(batch["targets_at"] - 1, 0)
+    positions = jnp.arange(batch["tokens"].shape[1]) - 1
+    return jnp.broadcast_to(jnp.maximum(positions, 0), batch["tokens"].shape)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxcl.core.types import Batch, Ctx, Method, Outputs, Own, World, method
 from jaxcl.errors import RequestError, unknown
 from jaxcl.losses.features import DISTANCES
-from jaxcl.losses.positions import prompt_end
-from jaxcl.methods.lwf import ROWS, before, snapshot
+from jaxcl.losses.positions import before, prompt_end
+from jaxcl.methods.lwf import ROWS, snapshot
 
 POSITIONS = ("all", "answers", "last", "mean")
 NORMED = -1  # the number of the hidden state behind the last norm

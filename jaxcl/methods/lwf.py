@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxcl.core.types import Batch, Ctx, Method, Own, Params, World, method
 from jaxcl.errors import RequestError, unknown
 from jaxcl.losses.distillation import kl, kl_top, masked_mean
+from jaxcl.losses.positions import before
 
 TEACHERS = ("snapshot", "topk")
 ROWS = ("new", "old", "all")
@@ -95,11 +96,3 @@ def lwf(
 def snapshot(world: World) -> Params:
     """The trained parameters as they are now."""
     return {k: world.params[k] for k in sorted(world.trained)}
-
-
-def before(batch: Batch) -> jax.Array:
-    """i32[B,K]: positions whose logits predict the targets."""
-    if "targets_at" in batch:
-        return jnp.maximum(batch["targets_at"] - 1, 0)
-    positions = jnp.arange(batch["tokens"].shape[1]) - 1
-    return jnp.broadcast_to(jnp.maximum(positions, 0), batch["tokens"].shape)

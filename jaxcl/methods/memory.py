@@ -1,4 +1,4 @@
-"""The row memory of replay, A-GEM and GEM: which rows of past stages a method holds, as indices, never as tensors."""
+"""The row memory of replay, MIR, DER, A-GEM and GEM: which rows of past stages are held, as indices, not tensors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jaxcl.errors import RequestError, unknown
 from jaxcl.losses.positions import prompt_end
 
 STREAMED: dict[str, Callable] = {"reservoir": reservoir, "class_balanced": class_balanced, "ring": ring}
+NOWHERE = -2  # neither a stage nor a row: a slot that nothing is in
 POLICIES = (*STREAMED, "herding")
 """Herding asks the model as it is at the stage's end: the last hidden state at a prompt's end is a row's feature."""
 
@@ -72,3 +73,33 @@ def by_stage(host: dict[str, Any]) -> dict[int, np.ndarray]:
     memory, starts = load(host)
     stage = np.searchsorted(np.array(starts, np.int64), memory.items, side="right") - 1
     return {int(s): np.sort(memory.items[stage == s] - starts[s]) for s in np.unique(stage)}
+
+
+# what is known of every row in memory, by slot
+
+
+def listed(host: dict[str, Any]) -> np.ndarray:
+    """int64[n, 2]: (stage, row) of what the memory holds, in order."""
+    pairs = [(s, r) for s, rows in by_stage(host).items() for r in rows]
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def slots(host: dict[str, Any], capacity: int) -> np.ndarray:
+    """i32[capacity, 2]: the (stage, row) in every slot, in order, then slots that nothing is in."""
+    held, out = listed(host), np.full((capacity, 2), NOWHERE, np.int32)
+    out[: len(held)] = held
+    return out
+
+
+def moved(old: dict[str, Any], new: dict[str, Any], capacity: int) -> np.ndarray:
+    """int64[capacity]: for every slot of the new memory the one that its row had in the old, -1 for rows that come."""
+    was, where = {tuple(pair): i for i, pair in enumerate(listed(old).tolist())}, np.full(capacity, -1)
+    now = listed(new).tolist()
+    where[: len(now)] = [was.get(tuple(pair), -1) for pair in now]
+    return where
+
+
+def slot_of(slots: jax.Array, batch: Batch) -> jax.Array:
+    """i32[B]: the slot of each row of a batch; how many slots there are, which is nowhere, for padding."""
+    same = (batch["stage"][:, None] == slots[:, 0]) & (batch["row"][:, None] == slots[:, 1])
+    return jnp.where(jnp.any(same, axis=1), jnp.argmax(same, axis=1), len(slots))

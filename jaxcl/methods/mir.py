@@ -18,7 +18,6 @@ from jaxcl.methods import memory
 from jaxcl.methods.agem import with_reference
 
 SCORES = ("s1", "s2")
-NOWHERE = -2  # neither a stage nor a row: a slot of the table that nothing is in
 
 
 @method
@@ -55,7 +54,7 @@ def mir(
 
     def plan(world: World, own: Own, phases: list[Phase]) -> list[Phase]:
         """Every candidates' stream has its own part of the memory, so that a step draws no row twice."""
-        held = listed(own["host"])
+        held = memory.listed(own["host"])
         for i, slot in enumerate(slots):
             mine = held[i :: len(slots)]
             by_stage = {int(s): mine[mine[:, 0] == s, 1] for s in np.unique(mine[:, 0])}
@@ -95,7 +94,7 @@ def mir(
         return replaying
 
     def observe(ctx: Ctx, grads: Params, updates: Params, params: Params) -> Own:
-        where = slot_of(ctx.own, pooled(ctx.batch, slots))
+        where = memory.slot_of(ctx.own["fixed"]["slots"], pooled(ctx.batch, slots))
         return {"best": ctx.own["live"]["best"].at[where].min(ctx.out.aux[name], mode="drop")}
 
     parts: dict[str, Any] = {"init": init, "plan": plan, "end": end, "grad": grad} if capacity else {}
@@ -133,32 +132,16 @@ def joined(new: tuple, old: tuple) -> tuple:
 # the least loss of every row in memory so far, for s2
 
 
-def listed(host: dict[str, Any]) -> np.ndarray:
-    """int64[n, 2]: (stage, row) of what the memory holds, in order."""
-    pairs = [(s, r) for s, rows in memory.by_stage(host).items() for r in rows]
-    return np.array(pairs, np.int64).reshape(-1, 2)
-
-
 def tables(host: dict[str, Any], capacity: int, old: Own | None) -> Own:
     """The row in every slot, and its least loss: what is known of rows that stay, infinity for the others."""
-    held, where = listed(host), np.full(capacity, -1)
-    rows = np.full((capacity, 2), NOWHERE, np.int32)
-    rows[: len(held)] = held
+    rows = memory.slots(host, capacity)
     if old is None:
         return {"fixed": {"slots": rows}, "live": {"best": jnp.full(capacity, jnp.inf)}}
-    before = {tuple(pair): i for i, pair in enumerate(listed(old["host"]).tolist())}
-    where[: len(held)] = [before.get(tuple(pair), -1) for pair in held.tolist()]
+    where = memory.moved(old["host"], host, capacity)
     best = jnp.where(where >= 0, jnp.asarray(old["live"]["best"])[np.maximum(where, 0)], jnp.inf)
     return {"fixed": {"slots": rows}, "live": {"best": best}}
 
 
-def slot_of(own: Own, pool: Batch) -> jax.Array:
-    """i32[C]: where a candidate stands in the tables; their length, which is nowhere, for padding."""
-    table = own["fixed"]["slots"]
-    same = (pool["stage"][:, None] == table[:, 0]) & (pool["row"][:, None] == table[:, 1])
-    return jnp.where(jnp.any(same, axis=1), jnp.argmax(same, axis=1), len(table))
-
-
 def least(own: Own, pool: Batch) -> jax.Array:
     """f32[C]: the least loss of every candidate so far; infinity where none is known."""
-    return own["live"]["best"].at[slot_of(own, pool)].get(mode="fill", fill_value=jnp.inf)
+    return own["live"]["best"].at[memory.slot_of(own["fixed"]["slots"], pool)].get(mode="fill", fill_value=jnp.inf)

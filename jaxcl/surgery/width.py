@@ -28,6 +28,7 @@ READS = {"kernel": -2, "lora_a": -1, "bank_a": -1, "mlp_in": -2, "adapter_down":
 SHARED = (
     *("/lora_scale", "/bank_scale", "parallel_scale", "vocab_bias", "value_head/bias", "prefix/rows", "prefix/in"),
     *("/mlp_in_bias", "prefix/in_bias", "adapter_down_bias", "parallel_down_bias"),
+    *("/expert_scale", "/expert_bias", "/expert_bias_old"),
 )
 """Keys beside those of the layout whose entries are no units."""
 
