@@ -10,8 +10,10 @@ A run that was stopped continues. Runs are made one after another; two commands 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,17 @@ def runs(out: Path, row: str) -> dict[tuple[int, str], Path]:
     return {(seed, order): folder(out, row) / f"{order}-{seed}" for seed in SEEDS for order in ORDERS}
 
 
-def train_row(module: Any, out: Path, row: str) -> None:
-    for (seed, order), path in runs(out, row).items():
+def train_all(module: Any, out: Path, wanted: list[str]) -> None:
+    """All rows on one seed and order, then on the next, so that rows can be compared early."""
+    left = [(row, *which, path) for which in itertools.product(SEEDS, ORDERS) for row in wanted
+            if not ((path := runs(out, row)[which]) / "metrics.json").exists()]  # fmt: skip
+    began = time.monotonic()
+    for number, (row, seed, order, path) in enumerate(left):
+        pace = (time.monotonic() - began) / max(number, 1)
+        minutes = pace * (len(left) - number) / 60
+        print(f"{number + 1}/{len(left)} {row}, seed {seed}, {order}: {minutes:.0f} min left", flush=True)
         cfg = module.Config(row=row, seed=seed, order=order)
-        if not (path / "metrics.json").exists():
-            train(module.build(cfg), path, name="techniques", config=as_json(cfg), reporter=Reporter())
+        train(module.build(cfg), path, name="techniques", config=as_json(cfg), reporter=Reporter(quiet=True))
 
 
 def time_row(module: Any, out: Path, row: str) -> None:
@@ -125,9 +133,8 @@ def main() -> None:
         return
     compile_cache.enable()
     wanted = [row for row in choices.CHOICES if not args.only or any(part in row for part in args.only)]
-    for number, row in enumerate(wanted, 1):
-        print(f"{number}/{len(wanted)} {row}", flush=True)
-        train_row(module, args.out, row)
+    train_all(module, args.out, wanted)
+    for row in wanted:
         time_row(module, args.out, row)
 
 
