@@ -85,7 +85,7 @@ def mounted(tmp_path):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("room", [48, 80, 224])
+@pytest.mark.parametrize("room", [pytest.param(n, marks=[] if n == 80 else pytest.mark.slow) for n in (48, 80, 224)])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_with_room(room, whole, tmp_path, mounted):
     """At different sizes another file is the first that finds none: the log, the first checkpoint, a later one."""
     disk = mounted("-t", "tmpfs", "-o", f"size={room}k", "none")

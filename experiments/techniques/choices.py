@@ -42,6 +42,7 @@ REPLAYED = alone(
     "replay",
     replay=lambda: jaxcl.replay(**REPLAY),
     mir=lambda: jaxcl.mir(candidates=2, **MEMORY),
+    der=lambda: jaxcl.der(**MEMORY),
     generative_replay=lambda: jaxcl.generative_replay(**WRITTEN),
     lamol=lambda: jaxcl.lamol(max_stages=STAGES, max_new=66),
 )
