@@ -56,4 +56,6 @@ def test_twenty_stages_killed_twenty_five_times(tmp_path):
     early, late = held[5:10], held[15:20]
     memory = [statistics.median(h["bytes"] for h in part) for part in (early, late)]
     assert memory[1] < 1.02 * memory[0], held
-    assert max(h["files"] for h in late) <= max(h["files"] for h in early), held
+    # A save under way holds up to eight event loops open, three files each; a file kept a stage would be ten more here.
+    first, second = (max(h["files"] for h in part) for part in (held[:10], held[10:]))
+    assert second <= first + 5, held
