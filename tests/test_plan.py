@@ -25,7 +25,7 @@ from jaxcl.methods.ewc import ewc
 from jaxcl.methods.finetune import finetune
 from jaxcl.methods.olora import olora
 from jaxcl.plan import chips, hlo
-from jaxcl.plan.advice import advice, changed, helpful
+from jaxcl.plan.advice import CHANGES, advice, changed, helps
 from jaxcl.plan.command import planned
 from jaxcl.plan.draft import draft
 from jaxcl.plan.flops import flops
@@ -260,8 +260,8 @@ def test_what_can_change_is_named_in_order():
     made = lambda: experiment([finetune()])  # noqa: E731
     names = [c["change"] for c in advice(made, found)]
     assert names == ["mesh={'fsdp': -1}", "param_dtype='bfloat16'", "remat='block'", "accumulate=2"]
-    assert [c.state for c in helpful(found | {"state": {"frozen": 101}})] == [True, True]
-    exp, what = changed(made(), helpful(found), found)
+    assert [c.state for c in CHANGES if helps(c, found | {"state": {"frozen": 101}})] == [True, True]
+    exp, what = changed(made(), CHANGES, found)
     assert what == "accumulate=2" and exp.accumulate == 2 and exp.model.spec.remat == "block"
     assert {v.dtype for v in exp.params.values()} == {np.dtype(jnp.bfloat16)}
 
@@ -283,6 +283,24 @@ def test_changes_are_made_until_it_fits_and_the_plan_of_before_stays_beside_it(e
     assert [c["change"] for c in found["changes"]] == [f"accumulate={min(enough, 8)}"]
     assert found["unchanged"]["accumulate"] == 1 and not found["unchanged"]["fits"]
     assert ("least_chips" in found) is (enough == 64) and found["config"]["model"] == "tiny"
+
+
+def test_once_the_state_fits_the_other_changes_are_tried_too(monkeypatch):
+    """A frozen base larger than the chip, which half the bytes bring below it; only then micro-batches help."""
+
+    def compiled(build, topology, stage):
+        exp = build()
+        small = exp.model.spec.param_dtype == "bfloat16"
+        return {
+            "fits": small and exp.accumulate >= 4, "mesh": {"fsdp": 4}, "batch": {"spread": 4}, "devices": 4,
+            "memory": {"capacity": 100}, "state": {"trained": 1, "frozen": 75 if small else 150},
+        }  # fmt: skip
+
+    monkeypatch.setattr("jaxcl.plan.command.plan", compiled)
+    monkeypatch.setattr("jaxcl.plan.advice.plan", compiled)
+    sets = ["model=tiny", "method=lora", "batch_size=32", "window=16", "targets=4"]
+    found = planned("scale", sets, "v5e:2x2", try_changes=True)
+    assert found["fits"] and [c["change"] for c in found["changes"]] == ["param_dtype='bfloat16'", "accumulate=4"]
 
 
 def test_xlas_words_for_too_little_memory():

@@ -75,7 +75,7 @@ CHANGES: tuple[Change, ...] = (
 
 def advice(build: Build, found: Plan) -> list[dict[str, str]]:
     """{"change", "why"} of what an experiment that does not fit can still change, untried, in order."""
-    left = [(c, what_of(build, [c], found)) for c in helpful(found)]
+    left = [(c, what_of(build, [c], found)) for c in CHANGES if helps(c, found)]
     return [{"change": what, "why": c.why} for c, what in left if what]
 
 
@@ -83,8 +83,8 @@ def suggest(build: Build, topology: str, found: Plan, stage: int | None, say: Ca
     """The plan with the changes that made it fit, or all that there are, under ``changes``; every one is compiled."""
     made: list[Change] = []
     tried, names = found, {}
-    for change in helpful(found):
-        while not tried["fits"] and (what := what_of(build, [*made, change], found)):
+    for change in CHANGES:
+        while not tried["fits"] and helps(change, tried) and (what := what_of(build, [*made, change], found)):
             made.append(change)
             names[change.apply] = {"change": what, "why": change.why}
             say("trying " + ", ".join(n["change"] for n in names.values()))
@@ -94,10 +94,9 @@ def suggest(build: Build, topology: str, found: Plan, stage: int | None, say: Ca
     return tried | {"changes": list(names.values()), "unchanged": found}
 
 
-def helpful(found: Plan) -> list[Change]:
-    """Where weights and memories alone are too large, what makes them smaller; else everything."""
-    alone = sum(found["state"].values()) > found["memory"]["capacity"]
-    return [c for c in CHANGES if c.state or not alone]
+def helps(change: Change, found: Plan) -> bool:
+    """Whether a change is worth a try: where weights and memories alone are too large, only what makes them smaller."""
+    return change.state or sum(found["state"].values()) <= found["memory"]["capacity"]
 
 
 def least_chips(found: Plan) -> int:
