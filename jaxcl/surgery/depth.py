@@ -20,7 +20,7 @@ from jaxcl.surgery.edit import Edit, Origin, operated
 OUTPUTS = ("attn/o/kernel", "attn/o/bias", "mlp/down/kernel", "mlp/down/bias")
 """What a layer adds to the residual stream goes through these."""
 ADAPTERS = ("lora_", "bank_", "in_scale", "out_scale", "in_delta", "out_delta", "prefix_", "adapter_",
-            "parallel_", "scale_delta")  # fmt: skip
+            "parallel_", "scale_delta", "expert_")  # fmt: skip
 
 
 class Layer(NamedTuple):
