@@ -6,7 +6,7 @@ model errs, the nearest key, the rule that adds, widens or splits a ball, and ``
 forward and a backward pass with the logits of all positions. Run it from the repository's root:
 
     python experiments/benchmarks/grace.py --data DIR --edits 1 --rounds 5 --steps 100 --keys 900
-    python experiments/benchmarks/grace.py --data DIR --edits 1 --rounds 1000 --every 50 --steps 10 --keys 1
+    python experiments/benchmarks/grace.py --data DIR --edits 1 --rounds 799 --every 50 --steps 10 --keys 1
 """
 
 from __future__ import annotations
