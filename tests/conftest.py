@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,3 +29,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 def pytest_unconfigure() -> None:
     if _OURS:
         shutil.rmtree(_STORE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """A command run in this process may set what libraries read (`plan`, `--data`): the next test finds none of it."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)

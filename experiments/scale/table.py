@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcl.plan.show import amount, gib
+from jaxcl.report.marked import fill
 
 CASES = (  # model, method, further settings
     ("qwen3-1.7b", "olora", ()),
@@ -29,7 +30,6 @@ CASES = (  # model, method, further settings
 SLICES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v6e:16x16", "v5p:4x4x4", "v5p:8x8x16")
 HEAD = ("model", "method", "slice", "chips", "memory of a chip", "FLOPs of a chip", "sent by a chip", "step at least",
         "bound by", "MFU at most", "fits")  # fmt: skip
-BEGIN, END = "<!-- table -->", "<!-- /table -->"
 README = Path(__file__).with_name("README.md")
 
 
@@ -89,12 +89,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="Plans made at the same time, each on about one core.")
     parser.add_argument("--write", action="store_true", help="Write the table into README.md.")
     args = parser.parse_args()
-    if not args.write:
+    if args.write:
+        fill(README, "table", table(args.out))
+    else:
         compile_missing(args.out, args.only, args.jobs)
-        return
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(args.out)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jaxcl.core.run import run_experiment
 from jaxcl.metrics.drift import drift
 from jaxcl.metrics.matrix_file import read_matrix
 from jaxcl.metrics.score import score_matrix
+from jaxcl.report.marked import fill
 
 ROWS: dict[str, dict[str, Any]] = {  # settings of `jaxcl run olora_order1` beside its defaults
     "lora": {},
@@ -37,7 +38,6 @@ ALL = {"rows": 160, "test_rows": 64, "general": 32}
 SHOWN = {"AA": "aa", "BWT": "bwt_over_T_minus_1", "FWT": "fwt_vs_zero_shot", "LA": "learning_accuracy"}
 HEAD = ("row", *(f"{short} `{name}`" for short, name in SHOWN.items()), "general", "kept", "extra parameters",
         "rows trained on", "training seconds beside LoRA's")  # fmt: skip
-BEGIN, END = "<!-- order1 -->", "<!-- /order1 -->"
 README = Path(__file__).with_name("README.md")
 
 
@@ -79,8 +79,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="Write the table into README.md.")
     args = parser.parse_args()
     if args.write:
-        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{table(args.out)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        if not (args.out / "lora" / "metrics.json").exists():
+            parser.error(f"{args.out} has no finished run of 'lora', which the others are compared with; run it first")
+        fill(README, "order1", table(args.out))
         return
     for row in ROWS:
         if not (args.out / row / "metrics.json").exists() and (not args.only or any(o in row for o in args.only)):

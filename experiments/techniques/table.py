@@ -4,7 +4,7 @@
     python experiments/techniques/table.py --out runs/techniques --only replay   # rows whose name has this
     python experiments/techniques/table.py --out runs/techniques --write         # writes the table of what is there
 
-A run that was stopped continues. Runs are made one after another; two commands with other rows keep two cores busy.
+A run that was stopped continues; ``--jobs 2`` makes two at a time. Steps are timed afterwards, one row after another.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from jaxcl.core.run import train
 from jaxcl.metrics.drift import drift
 from jaxcl.metrics.matrix_file import read_matrix
 from jaxcl.metrics.score import score_matrix
+from jaxcl.report.marked import fill
 
 SEEDS, ORDERS = (0, 1, 2), ("given", "reversed")
 SHOWN = {"AA": "aa", "BWT": "bwt_over_T_minus_1", "FWT": "fwt_vs_zero_shot", "LA": "learning_accuracy"}
@@ -38,7 +41,6 @@ HEAD = ("row", *(f"{short} `{name}`" for short, name in SHOWN.items()), "general
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 """Half-widths of 95% intervals of a mean of n values, in standard errors."""
 STAGE, ROUNDS, STEPS = 2, 5, 10  # where and how steps are timed
-BEGIN, END = "<!-- table -->", "<!-- /table -->"
 README = Path(__file__).with_name("README.md")
 
 
@@ -51,17 +53,27 @@ def runs(out: Path, row: str) -> dict[tuple[int, str], Path]:
     return {(seed, order): folder(out, row) / f"{order}-{seed}" for seed in SEEDS for order in ORDERS}
 
 
-def train_all(module: Any, out: Path, wanted: list[str]) -> None:
+def train_all(out: Path, wanted: list[str], jobs: int) -> None:
     """All rows on one seed and order, then on the next, so that rows can be compared early."""
     left = [(row, *which, path) for which in itertools.product(SEEDS, ORDERS) for row in wanted
             if not ((path := runs(out, row)[which]) / "metrics.json").exists()]  # fmt: skip
-    began = time.monotonic()
-    for number, (row, seed, order, path) in enumerate(left):
-        pace = (time.monotonic() - began) / max(number, 1)
-        minutes = pace * (len(left) - number) / 60
-        print(f"{number + 1}/{len(left)} {row}, seed {seed}, {order}: {minutes:.0f} min left", flush=True)
-        cfg = module.Config(row=row, seed=seed, order=order)
-        train(module.build(cfg), path, name="techniques", config=as_json(cfg), reporter=Reporter(quiet=True))
+    # New processes, as JAX does not survive a fork; a few runs each, so that their programs do not fill the memory.
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=8)
+    with pool:
+        began = time.monotonic()
+        futures = {pool.submit(train_one, *each): each for each in left}
+        for number, future in enumerate(as_completed(futures), 1):
+            row, seed, order, _ = futures[future]
+            minutes = (time.monotonic() - began) / number * (len(left) - number) / 60
+            future.result()
+            print(f"{number}/{len(left)} {row}, seed {seed}, {order}: {minutes:.0f} min left", flush=True)
+
+
+def train_one(row: str, seed: int, order: str, path: Path) -> None:
+    compile_cache.enable()
+    module = experiment_files.load("techniques")
+    cfg = module.Config(row=row, seed=seed, order=order)
+    train(module.build(cfg), path, name="techniques", config=as_json(cfg), reporter=Reporter(quiet=True))
 
 
 def time_row(module: Any, out: Path, row: str) -> None:
@@ -94,10 +106,11 @@ def line(out: Path, row: str, row_bytes: int, plain: float) -> list[str]:
     accounts = [json.loads((path / "metrics.json").read_text(encoding="utf-8"))["accounting"] for path in paths]
     kept = [sum(k["bytes"] + k["examples"] * row_bytes for k in a["kept"].values()) for a in accounts]
     passes = statistics.mean(a["backward_passes"] for a in accounts) / plain
-    timed = json.loads((folder(out, row) / "step.json").read_text(encoding="utf-8"))
+    step = folder(out, row) / "step.json"
+    timed = f"{json.loads(step.read_text(encoding='utf-8'))['ratio']:.2f}" if step.exists() else "-"
     extra = accounts[0]["parameters"]["extra"]
     cells = [mean([s[name]["value"] for s in scores]) for name in SHOWN.values()]
-    return [row, *cells, mean(general), size(max(kept)), f"{extra:,}", f"{passes:.2f}", f"{timed['ratio']:.2f}"]
+    return [row, *cells, mean(general), size(max(kept)), f"{extra:,}", f"{passes:.2f}", timed]
 
 
 def size(n: float) -> str:
@@ -123,17 +136,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/techniques"))
     parser.add_argument("--only", nargs="*", default=[], help="Rows with one of these in their names, such as lora.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs made at the same time, each on one core or two.")
     parser.add_argument("--write", action="store_true", help="Write the table into README.md.")
     args = parser.parse_args()
     module = experiment_files.load("techniques")
     if args.write:
-        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        README.write_text(f"{before}{BEGIN}\n{table(module, args.out)}\n{END}{after}", encoding="utf-8")
+        if not (runs(args.out, "finetune")[0, "given"] / "metrics.json").exists():
+            parser.error(f"{args.out} has no finished run of 'finetune', the rows to compare with; train first")
+        fill(README, "table", table(module, args.out))
         return
-    compile_cache.enable()
     wanted = [row for row in choices.CHOICES if not args.only or any(part in row for part in args.only)]
-    train_all(module, args.out, wanted)
+    train_all(args.out, wanted, args.jobs)
+    compile_cache.enable()
     for row in wanted:
         time_row(module, args.out, row)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-Optional = list[jax.Array | None]
+PerPart = list[jax.Array | None]
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -73,7 +73,7 @@ def seen(scores: jax.Array, mask: jax.Array, hidden: float) -> jax.Array:
     return jnp.where(mask[:, None, None], by_query, hidden).reshape(scores.shape)
 
 
-def probabilities(q: jax.Array, ks: list[jax.Array], masks: list[jax.Array], biases: Optional) -> list[jax.Array]:
+def probabilities(q: jax.Array, ks: list[jax.Array], masks: list[jax.Array], biases: PerPart) -> list[jax.Array]:
     """f32[B,G,R,S] a part, R = T times the queries of a group; a query that sees nothing spreads evenly."""
     raw = [dots(q, k, (3, 3), jnp.float32) for k in ks]
     raw = [s if bias is None else s + bias for s, bias in zip(raw, biases)]
@@ -90,7 +90,7 @@ def times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
 
 @jax.custom_vjp
 def mixed(
-    q: jax.Array, ks: list[jax.Array], vs: list[jax.Array], masks: list[jax.Array], biases: Optional, kept: Optional
+    q: jax.Array, ks: list[jax.Array], vs: list[jax.Array], masks: list[jax.Array], biases: PerPart, kept: PerPart
 ) -> jax.Array:
     """q [B,G,R,D] over ks, vs [B,G,S,D] under masks bool [B,T,S] -> [B,G,R,D]; biases f32[B or 1,G,R,S] or None, the
     weights times ``kept`` f32[B,G,R,S] or None, a constant."""
@@ -98,7 +98,7 @@ def mixed(
 
 
 def _mixed(
-    q: jax.Array, ks: list[jax.Array], vs: list[jax.Array], masks: list[jax.Array], biases: Optional, kept: Optional
+    q: jax.Array, ks: list[jax.Array], vs: list[jax.Array], masks: list[jax.Array], biases: PerPart, kept: PerPart
 ) -> tuple:
     probs = [p.astype(q.dtype) for p in probabilities(q, ks, masks, biases)]
     out = sum(dots(times(p, f), v, (3, 2)) for p, v, f in zip(probs, vs, kept))

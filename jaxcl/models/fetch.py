@@ -52,6 +52,8 @@ def fetch(name: str, *, offline: bool = False, source: str | None = None, accept
     Raises RequestError on an unknown name, terms that were not accepted, and where no source can be reached.
     """
     if _is_of_the_hub(name):
+        if source not in (None, "hub"):
+            raise unknown("source", source, ("hub",), where=name)
         return _from_hub(repository(name), offline)[0]
     wanted = _sources(name, source)
     for each in wanted:
