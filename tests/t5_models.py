@@ -1,4 +1,4 @@
-"""Small T5s under Hugging Face's names, rows for them, and a Unigram tokenizer: what the tests of T5 share."""
+"""Small T5s under Hugging Face's names, rows for them, a T5 in numpy and a Unigram: what the tests of T5 share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.models.t5 import apply, head, init
+from jaxcl.models.t5_positions import bucket_of
 from jaxcl.models.t5_spec import T5Spec
 
 VOCAB, BUCKETS, DISTANCE = 60, 8, 20
@@ -56,6 +58,65 @@ def prompts(rows: list[tuple[list[int], list[int]]], width: int) -> tuple[np.nda
     for line, (source, _) in zip(out, rows):
         line[: len(source)] = source
     return out, np.array([len(s) for s, _ in rows], np.int32)
+
+
+def reference(spec: T5Spec, p: dict[str, np.ndarray], source: list[int], given: list[int]) -> np.ndarray:
+    """Logits [K,V] of one row in numpy, float64, loops over heads: Raffel et al. 2020 with v1.1's feed-forward. Where
+    there are some: prefixes (Li and Liang 2021) and bottlenecks (Houlsby et al. 2019, He et al. 2022)."""
+
+    def norm(x, path):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.norm_eps) * p[path + "/scale"]
+
+    def attention(x, other, path, bias, mask):
+        q, k, v = (side @ p[f"{path}/{n}/kernel"] for side, n in ((x, "q"), (other, "k"), (other, "v")))
+        more = len(p.get(f"{path}/prefix_k", ()))
+        if more:
+            k, v = (np.concatenate([p[f"{path}/prefix_{n}"], y]) for n, y in (("k", k), ("v", v)))
+            bias = np.pad(bias, ((0, 0), (0, 0), (more, 0)))
+            mask = np.concatenate([np.ones((len(x), more), bool), np.broadcast_to(mask, (len(x), len(other)))], axis=1)
+        outs = []
+        for h in range(spec.heads):
+            cut = slice(h * spec.head_dim, (h + 1) * spec.head_dim)
+            scores = np.where(mask, q[:, cut] @ k[:, cut].T + bias[h], -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            outs.append(weights / weights.sum(-1, keepdims=True) @ v[:, cut])
+        return np.concatenate(outs, -1) @ p[f"{path}/o/kernel"]
+
+    def biases(side, n, both):
+        place = np.arange(n)
+        relative = jnp.asarray(place[None] - place[:, None])
+        bucket = bucket_of(relative, both=both, buckets=spec.buckets, distance=spec.distance)
+        return p[f"{side}/relative/table"][np.asarray(bucket)].transpose(2, 0, 1)
+
+    def feed(x, path):
+        gate = x @ p[path + "/gate/kernel"]
+        gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        return (gelu * (x @ p[path + "/up/kernel"])) @ p[path + "/down/kernel"]
+
+    def beside(x, path):
+        d, b, u, c = (p[f"{path}_{n}"] for n in ("down", "down_bias", "up", "up_bias"))
+        return np.maximum(x @ d + b, 0) @ u + c
+
+    def adapted(x, y, path):
+        if f"{path}/parallel_down" in p:
+            y = y + p[f"{path}/parallel_scale"] * beside(x, f"{path}/parallel")
+        return y + beside(y, f"{path}/adapter") if f"{path}/adapter_down" in p else y
+
+    def stack(side, tokens, memory):
+        x, n = p["embed/kernel"][tokens], len(tokens)
+        bias, mask = biases(side, n, memory is None), np.ones((n, n), bool) if memory is None else np.tri(n, dtype=bool)
+        for i in range(spec.layers):
+            at = f"{side}/layers/{i}"
+            y = norm(x, at + "/attn_norm")
+            x = x + adapted(y, attention(y, y, at + "/attn", bias, mask), at + "/attn")
+            if memory is not None:
+                free = np.zeros((spec.heads, n, len(memory)))
+                x = x + attention(norm(x, at + "/cross/attn_norm"), memory, at + "/cross/attn", free, True)
+            y = norm(x, at + "/mlp_norm")
+            x = x + adapted(y, feed(y, at + "/mlp"), at + "/mlp")
+        return norm(x, f"{side}/final_norm")
+
+    return stack("decoder", given, stack("encoder", source, None)) @ p["head/kernel"]
 
 
 def unigram() -> Any:

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +57,21 @@ def train_all(out: Path, wanted: list[str], jobs: int) -> None:
     left = [(row, *which, path) for which in itertools.product(SEEDS, ORDERS) for row in wanted
             if not ((path := runs(out, row)[which]) / "metrics.json").exists()]  # fmt: skip
     # New processes, as JAX does not survive a fork; a few runs each, so that their programs do not fill the memory.
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=8)
-    with pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
         began = time.monotonic()
-        futures = {pool.submit(train_one, *each): each for each in left}
-        for number, future in enumerate(as_completed(futures), 1):
-            row, seed, order, _ = futures[future]
+        for number, done in enumerate(pool.imap_unordered(train_one, left), 1):
             minutes = (time.monotonic() - began) / number * (len(left) - number) / 60
-            future.result()
-            print(f"{number}/{len(left)} {row}, seed {seed}, {order}: {minutes:.0f} min left", flush=True)
+            print(f"{number}/{len(left)} {done}: {minutes:.0f} min left", flush=True)
 
 
-def train_one(row: str, seed: int, order: str, path: Path) -> None:
+def train_one(run: tuple[str, int, str, Path]) -> str:
+    """Trains one run in this process, and says which it was."""
+    row, seed, order, path = run
     compile_cache.enable()
     module = experiment_files.load("techniques")
     cfg = module.Config(row=row, seed=seed, order=order)
     train(module.build(cfg), path, name="techniques", config=as_json(cfg), reporter=Reporter(quiet=True))
+    return f"{row}, seed {seed}, {order}"
 
 
 def time_row(module: Any, out: Path, row: str) -> None:

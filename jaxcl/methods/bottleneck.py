@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxcl.core.types import Apply, Batch, Clock, Method, Outputs, Own, Params, World, method
 from jaxcl.errors import KeyTaken, RequestError, unknown
+from jaxcl.methods.decoder_only import decoder_only
 from jaxcl.methods.perplexity import least_surprised
 from jaxcl.methods.tasks import UNTOLD, check_stages, check_told, live, next_task, of_rows, opened, slots_of, weights
 from jaxcl.models.bottleneck import PARALLEL, SEQUENTIAL
@@ -71,6 +72,8 @@ def bottleneck(
 
     def first(world: World) -> tuple[World, Own]:
         check(world.spec, width, name)
+        if router is not None:
+            decoder_only(world.spec, name, "gives prompts no perplexity for a router")
         made = {**trainable(world), **scales(world.spec, style, scale)}
         for key in sorted(made.keys() & world.params.keys()):
             raise KeyTaken(f"the model has {key!r} already", key)

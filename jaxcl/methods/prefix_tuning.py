@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxcl.core.paths import is_stacked
 from jaxcl.core.types import Method, Own, Params, World, method
 from jaxcl.errors import KeyTaken, RequestError, unknown
-from jaxcl.methods.decoder_only import decoder_only
 from jaxcl.methods.tasks import by_task, check_stages, check_told, live, next_task, of_rows, opened
 from jaxcl.models.prefix import MAP, NAMES, OPEN, materialised
 from jaxcl.surgery.edit import restart
@@ -62,7 +61,6 @@ def prefix_tuning(
         return restart(world, {k: v for k, v in net.items() if k in world.params}), own
 
     def first(world: World) -> tuple[World, Own]:
-        decoder_only(world.spec, name, "has no place for a prefix")
         check(world.spec, length, name)
         if taken := live(world.params, NAMES):
             raise KeyTaken("the model has a prefix already", taken[0])

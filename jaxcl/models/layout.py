@@ -52,7 +52,7 @@ def _layer(spec: DecoderSpec) -> dict[str, Leaf]:
     """{path below ``layers/{i}``: Leaf}, the same for all layers."""
     d, std = spec.width, spec.init_std
     out = std / (2 * spec.layers) ** 0.5  # what adds to the residual stream (GPT-2, section 2.3)
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    q, kv = spec.heads * spec.head_dim, spec.kv_width
     table = {
         "attn/q/kernel": Leaf((d, q), ("embed", "heads"), std),
         "attn/k/kernel": Leaf((d, kv), ("embed", "kv"), std),

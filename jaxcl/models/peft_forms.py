@@ -14,6 +14,7 @@ from jaxcl.models.prefix import materialised
 from jaxcl.models.prompt import produced
 from jaxcl.models.rope import rope, rotate
 from jaxcl.models.spec import DecoderSpec
+from jaxcl.models.t5_spec import T5Spec
 from jaxcl.surgery.scales import factors
 
 PREFIX = "base_model.model."
@@ -59,8 +60,11 @@ def prefix(spec: DecoderSpec, flat: Flat) -> tuple[dict[str, np.ndarray], dict[s
     """Prefix tuning: every layer's keys and values in turn, their network computed. PEFT counts the prefix' positions
     before the tokens' own, we do not: its keys are turned by as many.
 
-    Raises RequestError for layers without a prefix, and for windows, through which transformers sees a prefix.
+    Raises RequestError for layers without a prefix, for windows, through which transformers sees a prefix, and for a
+    T5, whose relative positions PEFT's prefix takes part in.
     """
+    if isinstance(spec, T5Spec):
+        raise RequestError("PEFT's prefix has relative positions in a T5, ours has none; accepted: a decoder's prefix")
     made = {k: jnp.asarray(v, jnp.float32) for k, v in flat.items() if "prefix" in k}
     made |= materialised(made)
     if spec.window is not None or any(f"layers/{i}/attn/prefix_k" not in made for i in range(spec.layers)):
@@ -73,7 +77,7 @@ def prefix(spec: DecoderSpec, flat: Flat) -> tuple[dict[str, np.ndarray], dict[s
         k = rotate(k.reshape(1, length, -1, spec.head_dim), turned).reshape(length, -1)
         rows += [np.asarray(k), np.asarray(v)]
     config = {"peft_type": "PREFIX_TUNING", "prefix_projection": False, **virtual(spec, length)}
-    kv = {"token_dim": spec.kv_heads * spec.head_dim, "num_attention_heads": spec.kv_heads}
+    kv = {"token_dim": spec.kv_width, "num_attention_heads": spec.kv_heads}
     return {"prompt_embeddings": np.concatenate(rows, axis=1)}, {**config, **kv}
 
 

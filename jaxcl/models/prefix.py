@@ -4,7 +4,8 @@
 with ``attn/prefix_open`` bool[B], in the rows where it is true. They are no positions: the keys are stored as attention
 reads them, normed and turned, so the tokens' positions stay as they are, windows do not hide a prefix, it does not
 count against the context, and a cache never holds it. (A prefix made of real tokens has their keys at positions
--p .. -1.)
+-p .. -1.) A T5 has one in every attention of its encoder, of its decoder, and of the decoder to the source; no relative
+bias falls on it.
 
 Where they are trained through a network, ``prefix/rows`` [p, W], ``prefix/in`` [W, N] with ``prefix/in_bias`` make a
 hidden layer tanh(..), shared, and each layer's ``attn/prefix_map`` [N, 2, G*Dh] with ``attn/prefix_map_bias`` [2, G*Dh]
@@ -20,9 +21,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .attention import Part
-from .flow import Flow
+from .flow import CacheFlow
 
 NAMES = ("prefix_k", "prefix_v")
+NETWORK = ("prefix/rows", "prefix/in", "prefix/in_bias")
 MAP = ("prefix_map", "prefix_map_bias")
 OPEN = "prefix_open"
 
@@ -41,7 +43,7 @@ class Prefix(nnx.Module):
             if name in view:
                 setattr(self, name, nnx.Param(view[name]))
 
-    def parts(self, flow: Flow, like: jax.Array) -> list[Part]:
+    def parts(self, flow: CacheFlow, like: jax.Array) -> list[Part]:
         """What attention gets of it: a part or none, for as many rows, tokens and heads as ``like`` [B,T,G,Dh] has."""
         if not hasattr(self, "prefix_k") or not self.prefix_k[...].shape[-2]:
             return []

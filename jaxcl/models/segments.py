@@ -29,6 +29,8 @@ class Layered:
 
     layers: int
     segments: Segments
+    stacks = ("",)
+    """What stands before the paths of the layers, one for every stack of them that the model has."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -50,6 +52,17 @@ class Layered:
             out.append(Run(kinds, repeats, prefixes, layers))
             start = stop
         return tuple(out)
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """{path of a layer or of a segment's stacked ones, in all stacks: how many layers it holds}."""
+        paths = ((prefix, run.repeats) for run in self.runs for prefix in run.prefixes)
+        return {stack + prefix: repeats for prefix, repeats in paths for stack in self.stacks}
+
+    @property
+    def attentions(self) -> dict[str, int]:
+        """The same of the paths at which there is attention."""
+        return {f"{path}/attn": repeats for path, repeats in self.blocks.items()}
 
     def runs_from(self, layer: int) -> tuple[Run, ...]:
         """The segments from a layer on. RequestError where it is inside a stack."""

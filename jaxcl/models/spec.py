@@ -119,6 +119,11 @@ class DecoderSpec(Layered):
         object.__setattr__(self, "segments", checked(self.segments, self.layers, KINDS, "decoder"))
         self._check_window()
 
+    @property
+    def kv_width(self) -> int:
+        """Units of all keys of a token."""
+        return self.kv_heads * self.head_dim
+
     def _check_window(self) -> None:
         """A window without local layers, or the reverse, is a slip: it would be another function without a word."""
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):

@@ -25,6 +25,7 @@ from .cache import Cache, closed, route
 from .decoder import Layer, drawn, run_segment, visible
 from .decoder import logits as plain_logits
 from .nll import batch_nll, chunked_nll
+from .prefix import network
 from .prompt import prompt_of
 from .t5_blocks import T5Block, T5Flow
 from .t5_positions import position_bias
@@ -155,7 +156,7 @@ class _Pass:
         key = None if self.key is None else jax.random.fold_in(self.key, SIDES.index(side))
         made = T5Flow(
             block=block, bias=bias, real=read.segments > 0, bank=self.batch.get("bank_weight"),
-            rate=spec.adapter_dropout, own_rate=spec.dropout, key=key,
+            rate=spec.adapter_dropout, own_rate=spec.dropout, key=key, prefix=network(self.params),
             **route(cache, {"segments": read.segments, "positions": read.positions}),
         )  # fmt: skip
         if made.past is not None:

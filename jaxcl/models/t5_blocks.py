@@ -13,8 +13,10 @@ from flax import nnx
 
 from .attention import Part, attend
 from .blocks import ACTIVATIONS, Dense, GatedMLP, RMSNorm, View, below
+from .bottleneck import Bottleneck
 from .cache import Cache, Written, write
 from .flow import CacheFlow, SiteFlow
+from .prefix import Prefix
 from .t5_spec import T5Spec
 
 
@@ -38,14 +40,17 @@ class T5Attention(nnx.Module):
     def __init__(self, view: View, site: str, head_dim: int):
         self.site, self.head_dim = site, head_dim
         self.q, self.k, self.v, self.o = (Dense(below(view, n), f"{site}/{n}") for n in "qkvo")
+        self.prefix = Prefix(view)
 
     def keys(self, x: jax.Array, flow: T5Flow) -> Written:
         """Keys and values [B,T,H,Dh] of x [B,T,D]."""
         return Written(self.heads(self.k(x, flow)), self.heads(self.v(x, flow)))
 
     def __call__(self, x: jax.Array, parts: list[Part], flow: T5Flow) -> jax.Array:
-        y = attend(self.heads(self.q(x, flow)), [self.thinned(i, part, flow) for i, part in enumerate(parts)], 1.0)
-        return flow.own(self.site, self.o(y.reshape(*x.shape[:-1], -1), flow))
+        q = self.heads(self.q(x, flow))
+        parts = [*parts, *self.prefix.parts(flow, q)]
+        y = attend(q, [self.thinned(i, part, flow) for i, part in enumerate(parts)], 1.0)
+        return self.o(y.reshape(*x.shape[:-1], -1), flow)
 
     def thinned(self, number: int, part: Part, flow: T5Flow) -> Part:
         """The part with dropout on its attention weights."""
@@ -70,7 +75,8 @@ class ReluMLP(nnx.Module):
 
 
 class T5Block(nnx.Module):
-    """x + attention, in the decoder + attention to the source, + feed-forward, each of the normed x."""
+    """x + attention, in the decoder + attention to the source, + feed-forward, each of the normed x. Bottlenecks stand
+    behind attention and feed-forward, before the model's own dropout."""
 
     def __init__(self, view: View, spec: T5Spec, crossed: bool):
         norms = ("attn_norm", "mlp_norm")
@@ -78,6 +84,7 @@ class T5Block(nnx.Module):
         self.attn = T5Attention(below(view, "attn"), "attn", spec.head_dim)
         self.cross = Cross(below(view, "cross"), spec) if crossed else None
         self.mlp = GatedMLP(below(view, "mlp"), "gelu_tanh") if spec.gated else ReluMLP(below(view, "mlp"))
+        self.attn_adapter, self.mlp_adapter = (Bottleneck(below(view, n)) for n in ("attn", "mlp"))
 
     def __call__(self, x: jax.Array, flow: T5Flow, old: Cache) -> tuple[jax.Array, Cache]:
         """(x after the layer, the cache entries that it writes); old: its entries so far."""
@@ -87,13 +94,14 @@ class T5Block(nnx.Module):
         cached = Written(old["k"], old["v"]) if "k" in old else None
         if cached is not None and flow.past is not None:
             parts.append(Part(*cached, flow.past, flow.past_bias))
-        x = x + self.attn(normed, parts, flow)
+        x = x + flow.own("attn", self.attn_adapter(normed, self.attn(normed, parts, flow)))
         written = write(flow, cached, new)
         entries: Cache = {} if written is None else {"k": written.k, "v": written.v}
         if self.cross is not None:
             y, kept = self.cross(x, flow, below(old, "cross"))
             x, entries = x + y, entries | {f"cross/{name}": leaf for name, leaf in kept.items()}
-        x = x + flow.own("mlp", self.mlp(self.mlp_norm(x), flow))
+        normed = self.mlp_norm(x)
+        x = x + flow.own("mlp", self.mlp_adapter(normed, self.mlp(normed, flow)))
         flow.see("out", x)
         return x, entries
 
@@ -112,5 +120,5 @@ class Cross(nnx.Module):
             keys = Written(old["k"], old["v"])
         else:
             keys = self.attn.keys(flow.source, dataclasses.replace(flow, real=jnp.any(flow.reads, axis=1)))
-        y = self.attn(self.norm(x), [Part(*keys, flow.reads)], flow)
+        y = flow.own("cross/attn", self.attn(self.norm(x), [Part(*keys, flow.reads)], flow))
         return y, {"k": keys.k, "v": keys.v} if flow.mode == "fill" else {}

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RequestError, nearest, unknown
+from .bottleneck import PARALLEL, SCALE, SEQUENTIAL
 from .layout import Axes, Leaf, axes_by, plain
+from .prefix import MAP, NAMES, NETWORK
 from .segments import Layered, Segments, checked
 from .spec import CHOICES, MOST_LAYERS
 
@@ -91,6 +93,21 @@ class T5Spec(Layered):
         return RequestError(f"t5: {name} is {getattr(self, name)!r}; accepted: {accepted}")
 
     @property
+    def stacks(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(f"{side}/" for side in SIDES)
+
+    @property
+    def attentions(self) -> dict[str, int]:
+        """Those inside the stacks, and the decoder's to the source."""
+        crossed = {f"{path}/cross/attn": n for path, n in self.blocks.items() if path.startswith("decoder/")}
+        return {**super().attentions, **crossed}
+
+    @property
+    def kv_width(self) -> int:
+        """Units of all keys of a token."""
+        return self.heads * self.head_dim
+
+    @property
     def encodes(self) -> bool:
         """That a prompt is read as a whole, every token in the light of all: no part of one can be run ahead."""
         return True
@@ -134,18 +151,28 @@ def _layer(spec: T5Spec, crossed: bool) -> dict[str, Leaf]:
 def axes(spec: T5Spec, params: Mapping[str, Any]) -> dict[str, Axes]:
     """{path: logical axis name or None per dimension} for every key of ``params``, see `jaxcl.models.layout.axes`.
 
-    RequestError on a key that nothing here reads, such as a decoder's prefix, soft prompt or bottleneck: a method would
-    train it in vain.
+    RequestError on a key that nothing here reads: a method would train it in vain.
     """
-    table = layout(spec) | {"value_head/kernel": Leaf((spec.width, 1), ("embed", None), 0.0)}
+    table, more = layout(spec), added(spec)
+    table = table | {"value_head/kernel": Leaf((spec.width, 1), ("embed", None), 0.0)}
     if spec.tied:
         table["head/kernel"] = Leaf((spec.width, spec.vocab), ("embed", "vocab"), None)
     for path in params:
         one = plain(path)
         site = one.rpartition("/")[0]
-        if one.startswith(OURS) and one not in table and f"{site}/kernel" not in table:
+        known = one in table or f"{site}/kernel" in table or one.removesuffix("_bank") in more
+        if one.startswith(OURS) and not known:
             raise RequestError(f"T5 has no {path!r}; {nearest(one, table)}")
     return axes_by(table, params)
+
+
+def added(spec: T5Spec) -> set[str]:
+    """Paths, with every layer on its own, that methods may add beside dense sites: prefixes and bottlenecks."""
+    single = dataclasses.replace(spec, segments=())
+    prefixes = {f"{path}/{name}" for path in single.attentions for name in (*NAMES, *MAP)}
+    names = [f"{part}/{name}" for part in ("attn", "mlp") for name in (*SEQUENTIAL, *PARALLEL, SCALE)]
+    norms = {f"{path}_delta" for path in layout(spec) if path.endswith("_norm/scale")}
+    return prefixes | norms | {f"{path}/{name}" for path in single.blocks for name in names} | {*NETWORK}
 
 
 def tap_names(spec: T5Spec) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from jaxcl.core.types import Params
 from jaxcl.errors import RequestError
 from jaxcl.models.bottleneck import SCALE
 from jaxcl.models.spec import DecoderSpec
+from jaxcl.models.t5_spec import T5Spec
 
 PLACES = {
     "houlsby": ("attn/adapter", "mlp/adapter"),
@@ -26,17 +27,17 @@ STD = 1e-2
 
 def check(spec: Any, width: int, name: str) -> None:
     """RequestError for a model that takes no adapters, and a bottleneck that is none."""
-    if not isinstance(spec, DecoderSpec):
-        raise RequestError(f"{name}: a {type(spec).__name__} takes no bottleneck adapters; accepted: a DecoderSpec")
+    if not isinstance(spec, DecoderSpec | T5Spec):
+        raise RequestError(f"{name}: a {type(spec).__name__} takes no bottleneck adapters; accepted: a decoder, a T5")
     if not 1 <= width <= spec.width:
         raise RequestError(f"{name}: width is {width}; accepted: 1 to {spec.width}, the model's own")
 
 
-def fresh(spec: DecoderSpec, style: str, width: int, key: jax.Array) -> Params:
+def fresh(spec: Any, style: str, width: int, key: jax.Array) -> Params:
     """{layers/../mlp/adapter_down: f32[d, m], ..} that change nothing yet: U, b and c are zero. Every layer draws its D
     with a key of its own name, so that stacking changes no number."""
     out: Params = {}
-    for prefix in (p for run in spec.runs for p in run.prefixes):
+    for prefix in spec.blocks:
         for place in PLACES[style]:
             path = f"{prefix}/{place}_down"
             keys = [jax.random.fold_in(key, zlib.crc32(p.encode())) for p in concrete(path)]
@@ -50,10 +51,10 @@ def fresh(spec: DecoderSpec, style: str, width: int, key: jax.Array) -> Params:
     return out
 
 
-def scales(spec: DecoderSpec, style: str, scale: float) -> Params:
+def scales(spec: Any, style: str, scale: float) -> Params:
     """{layers/../mlp/parallel_scale: f32[]} of the parallel style, which is not trained."""
-    runs = [(prefix, run) for run in spec.runs for prefix in run.prefixes] if style == "parallel" else []
-    lead = {prefix: (run.repeats,) if run.repeats > 1 else () for prefix, run in runs}
+    blocks = spec.blocks if style == "parallel" else {}
+    lead = {prefix: (repeats,) if repeats > 1 else () for prefix, repeats in blocks.items()}
     return {f"{prefix}/mlp/{SCALE}": jnp.full(shape, scale, jnp.float32) for prefix, shape in lead.items()}
 
 
