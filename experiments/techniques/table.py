@@ -10,10 +10,12 @@ A run that was stopped continues; ``--jobs 2`` makes two at a time. Steps are ti
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import itertools
 import json
-import multiprocessing
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,6 @@ from jaxcl.bench.running import Running
 from jaxcl.bench.turns import in_turn, summary
 from jaxcl.core import compile_cache
 from jaxcl.core.compiled import StepCache
-from jaxcl.core.config import as_json
-from jaxcl.core.progress import Reporter
-from jaxcl.core.run import train
 from jaxcl.metrics.drift import drift
 from jaxcl.metrics.matrix_file import read_matrix
 from jaxcl.metrics.score import score_matrix
@@ -53,25 +52,23 @@ def runs(out: Path, row: str) -> dict[tuple[int, str], Path]:
 
 
 def train_all(out: Path, wanted: list[str], jobs: int) -> None:
-    """All rows on one seed and order, then on the next, so that rows can be compared early."""
+    """All rows on one seed and order, then on the next, so that rows can be compared early: one process a run,
+    ``jobs`` at a time. A run that fails says why, and the others go on."""
     left = [(row, *which, path) for which in itertools.product(SEEDS, ORDERS) for row in wanted
             if not ((path := runs(out, row)[which]) / "metrics.json").exists()]  # fmt: skip
-    # New processes, as JAX does not survive a fork; a few runs each, so that their programs do not fill the memory.
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
-        began = time.monotonic()
-        for number, done in enumerate(pool.imap_unordered(train_one, left), 1):
+    began = time.monotonic()
+
+    def train_one(run: tuple[str, int, str, Path]) -> str:
+        row, seed, order, path = run
+        sets = [f"--set={setting}" for setting in (f"row={row}", f"seed={seed}", f"order={order}")]
+        words = [sys.executable, "-m", "jaxcl", "run", "techniques", *sets, "--out", str(path)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        return f"{row}, seed {seed}, {order}" + ("" if done.returncode == 0 else f": {done.stderr.strip()[-300:]}")
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for number, future in enumerate(concurrent.futures.as_completed([pool.submit(train_one, r) for r in left]), 1):
             minutes = (time.monotonic() - began) / number * (len(left) - number) / 60
-            print(f"{number}/{len(left)} {done}: {minutes:.0f} min left", flush=True)
-
-
-def train_one(run: tuple[str, int, str, Path]) -> str:
-    """Trains one run in this process, and says which it was."""
-    row, seed, order, path = run
-    compile_cache.enable()
-    module = experiment_files.load("techniques")
-    cfg = module.Config(row=row, seed=seed, order=order)
-    train(module.build(cfg), path, name="techniques", config=as_json(cfg), reporter=Reporter(quiet=True))
-    return f"{row}, seed {seed}, {order}"
+            print(f"{number}/{len(left)} {future.result()}; {minutes:.0f} min left", flush=True)
 
 
 def time_row(module: Any, out: Path, row: str) -> None:
