@@ -16,6 +16,7 @@ from jaxcl.core import journal
 from jaxcl.core.between import Between
 from jaxcl.data import pseudo
 from jaxcl.data.pseudo import Item
+from jaxcl.data.stage import Stage
 from jaxcl.errors import RequestError
 from jaxcl.methods.generative_replay import generative_replay
 from jaxcl.methods.lwf import lwf
@@ -199,6 +200,48 @@ def test_demonstrations_stand_before_the_start_token_and_the_streams_behind_the_
         assert ids[1:second] in real and ids[second + 1 : -1] in real
     (phase,) = between.plan(0)
     assert [(s.stage, len(s.rows)) for s in phase.streams] == [(1, 32), (0, 0), (0, 32)]
+
+
+class Opened(Echo):
+    """Prompts that begin with what ends answers, as where one token marks both ends of a text."""
+
+    def pair(self, i: int) -> tuple[list[int], list[int]]:
+        prompt, answer = super().pair(i)
+        return [EOS, *prompt], answer
+
+
+@pytest.mark.parametrize("condition,opened", [("gen", [EOS]), ("demos", [EOS]), ("prefix", [])])
+def test_an_end_mark_that_begins_every_prompt_is_given_and_not_written(condition, opened, monkeypatch):
+    from jaxcl.methods import writing
+
+    asked = []
+
+    def write(world, prompts, width, rows, how, *_):
+        asked.extend(prompts)
+        assert max(map(len, prompts)) <= width and how.most == 12 + 1 - len(opened)
+        return [([3, 3, how.say, 24], True)] * len(prompts)
+
+    monkeypatch.setattr(writing, "write", write)
+    method = generative_replay(count=5, condition=condition, prefix=2, kept=3)
+    stages = [Stage(f"s{s}", Opened(s)) for s in range(2)]
+    between = Between(experiment([method], stages=stages), lambda: None)
+    between.begin(0)
+    between.end()
+    between.begin(1)
+    own = between.owns["generative_replay"]
+    start = int(own["fixed"]["tokens"][1])
+    assert all(ids[-1 - len(opened) :] == [start, *opened] for ids in asked) or condition == "prefix"
+    items = pseudo.unpack(own["host"]["pseudo"]["0"])
+    assert len(items) == 5 and all(i.prompt[0] == EOS and i.prompt.count(EOS) == 1 for i in items)
+
+
+def test_prompts_that_hold_the_end_mark_inside_are_refused():
+    from jaxcl.methods.writing import opening
+
+    inside, bare = Item((1, EOS, 2), (3, EOS)), Item((1, 2), (3, EOS))
+    with pytest.raises(RequestError, match=f"all prompts hold {EOS}, which ends answers"):
+        opening([inside, inside], EOS)
+    assert opening([inside, bare], EOS) == [] == opening([bare, Item((EOS, 2), (3, EOS))], EOS)
 
 
 def test_rows_without_answers_no_common_end_and_no_room_are_refused(tmp_path):

@@ -18,7 +18,7 @@ MEMORY = {"capacity": 256}  # rows of the past, a tenth of the stream
 REPLAY = {"ratio": 0.25, **MEMORY}
 LORA = {"rank": 8, "alpha": 32.0, "dropout": 0.0, "targets": ["attn/*", "mlp/*"]}
 BANK = {**LORA, "max_stages": STAGES}
-WRITTEN = {"count": 40, "max_new": 66}  # rows that a model writes of each stage before
+WRITTEN = {"count": 40, "strength": 1.0, "oversample": 4.0, "max_new": 66}  # rows that a model writes of each old stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ REPLAYED = alone(
     mir=lambda: jaxcl.mir(candidates=2, **MEMORY),
     der=lambda: jaxcl.der(**MEMORY),
     generative_replay=lambda: jaxcl.generative_replay(**WRITTEN),
-    lamol=lambda: jaxcl.lamol(max_stages=STAGES, max_new=66),
+    lamol=lambda: jaxcl.lamol(gamma=1.0, strength=1.0, max_stages=STAGES, max_new=66),
 )
 REGULARIZED = alone(
     "regularization",

@@ -102,7 +102,9 @@ def rows_written(
 
     tokens: MARK, then the START of all stages or of each.
     """
-    end = end_mark(world, shape.rows) if recipe.eos is None else recipe.eos
+    seen = [i for batch in world.tools.batches(world.stage, shape.rows) for i in pseudo.rows_of(batch)]
+    end = end_mark(seen) if recipe.eos is None else recipe.eos
+    first = opening(seen, end)
     found: dict[str, Any] = {}
     counted: dict[str, Any] = {}
     for s in range(world.stage):
@@ -110,7 +112,7 @@ def rows_written(
         start = tokens[1 + (s if recipe.condition == "task" else 0)]
         asked = math.ceil(each * recipe.oversample)
         more = shape.fields(s)
-        items = sampled(world, host.get(f"rows_{s}"), start, tokens[0], end, recipe, asked, shape, key, more)
+        items = sampled(world, host.get(f"rows_{s}"), [start, *first], tokens[0], end, recipe, asked, shape, key, more)
         # One START for all says nothing of the stage: then a row's answer may be any old stage's.
         labels = label_set(host, range(world.stage) if recipe.condition == "gen" else [s])
         good, counts = pseudo.sift(items, shape.window, shape.targets, labels)
@@ -119,35 +121,37 @@ def rows_written(
 
 
 def sampled(
-    world: World, kept: np.ndarray | None, start: int, mark: int, end: int,
+    world: World, kept: np.ndarray | None, start: list[int], mark: int, end: int,
     recipe: Recipe, asked: int, shape: Shape, key: jax.Array, more: Fields,
 ) -> list[Item | None]:  # fmt: skip
-    """One item per row asked for; None where it has not the written form."""
+    """One item per row asked for; None where it has not the written form. start: START and, where all prompts begin
+    with it, the end mark, which could not be written."""
     rng = host_rng(key)
     fronts = [front(kept, start, recipe, rng) for _ in range(asked)]
     stops = (end,) if recipe.labeller == "same" else (end, mark)
+    given = 0 if recipe.condition == "prefix" else len(start) - 1
     how = How(
-        recipe.max_new or shape.window + 1, stops, recipe.temperature, recipe.top_k, recipe.top_p,
+        (recipe.max_new or shape.window + 1) - given, stops, recipe.temperature, recipe.top_k, recipe.top_p,
         recipe.repetition_penalty, mark,
     )  # fmt: skip
-    made = write(world, fronts, front_width(recipe, shape.window), shape.rows, how, key, more)
-    begun = [f[1:] if recipe.condition == "prefix" else [] for f in fronts]
+    made = write(world, fronts, front_width(recipe, shape.window) + given, shape.rows, how, key, more)
+    begun = [f[1:] if recipe.condition == "prefix" else start[1:] for f in fronts]
     texts = [([*b, *ids], ended) for b, (ids, ended) in zip(begun, made, strict=True)]
     if recipe.labeller == "same":
         return [pseudo.separate(ids, ended, mark, end) for ids, ended in texts]
     return relabelled(world, texts, end, shape, key, more)
 
 
-def front(kept: np.ndarray | None, start: int, recipe: Recipe, rng: np.random.Generator) -> list[int]:
+def front(kept: np.ndarray | None, start: list[int], recipe: Recipe, rng: np.random.Generator) -> list[int]:
     """START, with the prefix of a kept prompt behind it or with kept rows, each behind a START, before it."""
     if recipe.condition not in ("prefix", "demos"):
-        return [start]
+        return start
     assert kept is not None
     n = 1 if recipe.condition == "prefix" else recipe.shots
     chosen = pseudo.ragged(kept[rng.permutation(len(kept))[:n]])
     if recipe.condition == "prefix":
-        return [start, *chosen[0]]
-    return [*(i for row in chosen for i in (start, *row)), start]
+        return [start[0], *chosen[0]]
+    return [*(i for row in chosen for i in (start[0], *row)), *start]
 
 
 def relabelled(
@@ -180,11 +184,18 @@ def selected(world: World, items: list[Item], recipe: Recipe, each: int) -> list
     return [items[i] for i in pseudo.diverse(means, recipe.clusters, each, recipe.seed)]
 
 
-def end_mark(world: World, rows: int) -> int:
-    """The id that ends the answers of the stage, as a batch of its rows shows. RequestError where they differ."""
-    items = [i for batch in world.tools.batches(world.stage, rows) for i in pseudo.rows_of(batch)]
+def end_mark(items: Sequence[Item]) -> int:
+    """The id that ends the answers of these rows. RequestError where they differ."""
     ends = sorted({i.answer[-1] for i in items})
     if len(ends) != 1:
         shown = ", ".join(map(str, ends[:4]))
         raise RequestError(f"answers end with different ids ({shown}); give the id of their end mark as eos")
     return ends[0]
+
+
+def opening(items: Sequence[Item], end: int) -> list[int]:
+    """The end mark, where all prompts of these rows begin with it (one token for both ends of a text, as in GPT-2),
+    else nothing. RequestError where all hold it further inside: writing would always end there."""
+    if all(end in i.prompt[1:] for i in items):
+        raise RequestError(f"all prompts hold {end}, which ends answers, so none can be written; accepted: another eos")
+    return [end] if all(i.prompt[:1] == (end,) for i in items) else []
