@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import version
 
 import pytest
 
@@ -22,8 +21,6 @@ if _OURS:
     os.environ["JAXCL_TEST_STORE"] = tempfile.mkdtemp(prefix="jaxcl-tests-")
 _STORE = os.environ["JAXCL_TEST_STORE"]
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-if version("jaxlib").startswith("0.10."):  # compiles in two thirds of the time; later ones have no such flag
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _STORE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
