@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from support import forward
 
 from jaxcl.core.types import Clock
 from jaxcl.core.view import View
@@ -42,7 +43,7 @@ def nats(view: View, a: Asked) -> np.ndarray:
     ids = np.array([prompt + answer], np.int32)
     batch = {"tokens": ids, "segments": np.ones_like(ids), "positions": np.arange(ids.size, dtype=np.int32)[None]}
     batch["weight"] = np.ones(ids.shape, np.float32)
-    hidden = MODEL.apply(SPEC, view.params, batch).hidden
+    hidden = forward(SPEC, view.params, batch).hidden
     at = np.arange(len(prompt) - 1, ids.size - 1)[None]
     logits = np.asarray(MODEL.head(SPEC, view.params, hidden, at), np.float64)[0]
     return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(answer)), answer]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import forward
 
 from jaxcl.core.types import Clock, Outputs
 from jaxcl.core.view import View
@@ -190,7 +191,7 @@ def test_answer_nll_is_the_mean_over_the_answers_tokens(two):
         ids = np.array([prompt + answer], np.int32)
         places = np.arange(ids.shape[1], dtype=np.int32)[None]
         batch = {"tokens": ids, "segments": np.ones_like(ids), "positions": places}
-        hidden = MODEL.apply(SPEC, first, batch).hidden
+        hidden = forward(SPEC, first, batch).hidden
         logits = np.asarray(hidden[0] @ first["embed/kernel"].T, np.float64)
         logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         wanted = -np.mean([logp[len(prompt) - 1 + i, token] for i, token in enumerate(answer)])

@@ -7,7 +7,21 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import MODEL, SPEC, STACK, Answers, experiment, forward, run, stages, to_numpy, weights
+from support import (
+    MODEL,
+    SPEC,
+    STACK,
+    Answers,
+    asked,
+    experiment,
+    filled,
+    forward,
+    run,
+    stages,
+    to_numpy,
+    weights,
+    written,
+)
 from test_prompt import LOCAL, batch_of, texts
 from told import check_past_tasks, watched
 
@@ -19,9 +33,7 @@ from jaxcl.methods.lora import lora
 from jaxcl.methods.prefix_tuning import prefix_tuning
 from jaxcl.methods.tasks import live
 from jaxcl.models.attention import Part, attend
-from jaxcl.models.cache import extend, prefill
-from jaxcl.models.decoder import apply, head
-from jaxcl.models.generate import generate
+from jaxcl.models.decoder import head
 from jaxcl.models.layout import axes
 from jaxcl.models.prefix import MAP, NAMES
 from jaxcl.surgery.prefixes import collapsed
@@ -123,16 +135,16 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(name):
     spec = SPECS[name]
     params = begun(prefix_tuning(length=3, hidden=0), spec).world.params
     rows = texts(2, 6)
-    made, _ = generate(apply, head, spec, params, rows, np.array([6, 6]), max_new=4, stop_ids=())
+    made, _ = written(spec, params, rows, np.array([6, 6]), max_new=4, stop_ids=())
     whole = np.concatenate([rows, made], axis=1)
     at = np.broadcast_to(np.arange(5, 9), (2, 4))
     logits = head(spec, params, forward(spec, params, batch_of(whole)).hidden, at)
     assert np.array_equal(np.argmax(logits, axis=-1), made)
-    cache = prefill(apply, spec, params, batch_of(rows), 6).cache
+    cache = filled(spec, params, batch_of(rows), 6)
     assert cache["valid"].shape == (2, 6), "a prefix is in no cache"
     block = batch_of(whole[:, 5:8]) | {"targets_at": np.array([[1, 2]] * 2, np.int32)}
     block["positions"] = block["positions"] + 5
-    out = extend(apply, spec, params, block, cache, write=False)
+    out = asked(spec, params, block, cache)
     np.testing.assert_allclose(out.nll, forward(spec, params, batch_of(whole)).nll[:, 6:8], atol=1e-5)
 
 

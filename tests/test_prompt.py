@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import MODEL, SPEC, STACK, forward, weights
+from support import MODEL, SPEC, STACK, asked, filled, forward, weights, written
 
 from jaxcl.errors import RequestError
-from jaxcl.models.cache import extend, prefill
-from jaxcl.models.decoder import apply, decoder, head
-from jaxcl.models.generate import generate
+from jaxcl.models.decoder import decoder
 from jaxcl.models.layout import axes
 from jaxcl.models.prompt import ROWS, VALID, produced
 from jaxcl.models.spec import tiny
@@ -112,15 +110,15 @@ def test_generation_with_a_cache_continues_as_behind_the_words(name):
     spec, tokens = SPECS[name], texts(3)
     lengths = np.array([T, 4, 2], np.int32)
     how = {"max_new": 5, "stop_ids": ()}
-    got, _ = generate(apply, head, spec, prompted(spec), tokens, lengths, **how)
-    want, _ = generate(apply, head, spec, weights(spec), behind_words(tokens), lengths + P, **how)
+    got, _ = written(spec, prompted(spec), tokens, lengths, **how)
+    want, _ = written(spec, weights(spec), behind_words(tokens), lengths + P, **how)
     assert np.array_equal(got, want)
 
 
 def test_labels_ranked_over_a_cache_have_the_nll_of_prompt_and_label_run_whole():
     tokens, labels = texts(2, 5), texts(2, 2)
     params = prompted(SPEC)
-    cache = prefill(MODEL.apply, SPEC, params, batch_of(tokens), 5).cache
+    cache = filled(SPEC, params, batch_of(tokens), 5)
     assert cache["valid"].shape == (2, 5 + P) and bool(cache["valid"].all())
     block = {
         "tokens": np.concatenate([tokens[:, -1:], labels], axis=1),
@@ -128,7 +126,7 @@ def test_labels_ranked_over_a_cache_have_the_nll_of_prompt_and_label_run_whole()
         "positions": np.broadcast_to(np.arange(4, 7, dtype=np.int32), (2, 3)),
         "targets_at": np.array([[1, 2]] * 2, np.int32),
     }
-    out = extend(MODEL.apply, SPEC, params, block, cache, write=False)
+    out = asked(SPEC, params, block, cache)
     whole = forward(SPEC, params, batch_of(np.concatenate([tokens, labels], axis=1)))
     np.testing.assert_allclose(out.nll, whole.nll[:, 5:], atol=1e-5)
     assert all(np.array_equal(out.cache[k], v) for k, v in cache.items())

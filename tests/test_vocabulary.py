@@ -7,14 +7,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from support import SPEC, same, to_numpy, weights
+from support import SPEC, forward, same, to_numpy, weights, written
 
 from jaxcl.data.encode import encode
 from jaxcl.data.pipeline import stack
 from jaxcl.errors import RequestError
 from jaxcl.losses.distillation import kl
 from jaxcl.models.decoder import decoder, logits
-from jaxcl.models.generate import generate
 from jaxcl.surgery.vocabulary import BIAS, CLOSED, cut, growth, opened
 
 UNTIED = dataclasses.replace(SPEC, tied=False)
@@ -66,7 +65,7 @@ def test_closed_rows_alter_no_logit_and_have_no_probability(pair):
     before, after = logits(old_spec, old, hidden), logits(spec, new, hidden)
     np.testing.assert_allclose(after[:, :32], before, rtol=0, atol=1e-6)
     assert np.all(np.asarray(jax.nn.softmax(after))[:, 32:] == 0.0)
-    nll = [decoder(s).apply(s, p, BATCH).nll for s, p in ((old_spec, old), (spec, new))]
+    nll = [forward(s, p, BATCH).nll for s, p in ((old_spec, old), (spec, new))]
     np.testing.assert_allclose(nll[1], nll[0], rtol=1e-6)
     assert np.all(np.asarray(kl(after, 2 * after)) >= 0), "finite, so a teacher may have closed rows too"
 
@@ -80,9 +79,9 @@ def test_an_opened_row_can_be_said_and_the_others_cannot(pair):
 def test_sampling_never_says_a_closed_row(pair):
     _, (spec, new) = pair
     loud = {**new, "embed/kernel": new["embed/kernel"].at[32:].mul(50.0)}
-    model, prompts = decoder(spec), np.full((16, 1), 40, np.int32)
+    prompts = np.full((16, 1), 40, np.int32)
     how = {"max_new": 8, "stop_ids": (), "temperature": 2.0, "key": jax.random.key(0)}
-    made, _ = generate(model.apply, model.head, spec, loud, prompts, np.ones(16, np.int32), **how)
+    made, _ = written(spec, loud, prompts, np.ones(16, np.int32), **how)
     assert np.all(np.asarray(made) < 32)
 
 
