@@ -72,6 +72,21 @@ def test_later_directions_are_orthonormal_and_do_not_meet_old_inputs(kept):
     np.testing.assert_allclose(again.T @ again, found.T @ found, atol=1e-8)
 
 
+def test_a_decomposition_that_does_not_converge_is_made_by_the_slower_way(monkeypatch):
+    """LAPACK's gesdd gives up on some matrices; eigenvectors of C C^T say what is wanted."""
+    c, tried = second(inputs(0)), []
+    wanted = np.linalg.eigh(c @ c.T)[1][:, -3:]
+
+    def fails(x):
+        tried.append(x.shape)
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(np.linalg, "svd", fails)
+    found, old = directions(nothing(12), c, 3), grown(nothing(12), c, 0.99)
+    np.testing.assert_allclose(found.T @ found, wanted @ wanted.T, atol=1e-7)
+    assert tried == [(12, 12)] * 2 and 0 < old.dimension < 12
+
+
 def test_directions_that_no_input_has_fill_up_the_rank():
     one = np.zeros((12, 12))
     one[3, 3] = 2.0

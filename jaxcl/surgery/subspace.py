@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 
 TINY = 1e-10
 """A singular value below this share of the second moment's norm is rounding."""
@@ -40,7 +41,7 @@ def nothing(width: int) -> Subspace:
 
 def grown(old: Subspace, moment: np.ndarray, share: float) -> Subspace:
     """``old`` with the fewest leading directions of (I - M M^T) C for which ``share`` of C's energy lies inside."""
-    left, values, _ = np.linalg.svd(old.outside(moment))
+    left, values = singular(old.outside(moment))
     energy = np.sum(moment**2)
     inside = energy - np.sum(values**2) + np.concatenate([[0.0], np.cumsum(values**2)])
     found = min(int(np.searchsorted(inside, share * energy)), len(values) - old.dimension)
@@ -53,13 +54,13 @@ def directions(old: Subspace, moment: np.ndarray, rank: int) -> np.ndarray:
 
     Directions that no input has fill them up, and rows are zero where old inputs leave none."""
     width = len(moment)
-    left, values, _ = np.linalg.svd(old.outside(moment))
+    left, values = singular(old.outside(moment))
     seen = int(np.sum(values[:rank] > TINY * np.linalg.norm(moment)))
     chosen, _ = np.linalg.qr(old.outside(left[:, :seen]))
     more = min(rank, width - old.dimension) - seen
     if more > 0:
-        rest = old.outside(np.eye(width)) - chosen @ chosen.T  # a projector: its singular values are 1 and 0
-        chosen = np.concatenate([chosen, np.linalg.svd(rest)[0][:, :more]], axis=1)
+        rest = old.outside(np.eye(width)) - chosen @ chosen.T
+        chosen = np.concatenate([chosen, range_first(rest)[:, :more]], axis=1)
     return np.concatenate([chosen.T, np.zeros((rank - chosen.shape[1], width))])
 
 
@@ -67,9 +68,24 @@ def _both(old: Subspace, added: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(a basis of the subspace with ``added`` [d, n], one of its complement)."""
     width = len(added)
     projector = np.eye(width) - old.outside(np.eye(width)) + added @ added.T
-    left, _, _ = np.linalg.svd(projector)
+    left = range_first(projector)
     k = old.dimension + added.shape[1]
     return left[:, :k], left[:, k:]
+
+
+def singular(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(left singular vectors [d, d], singular values [d], falling) of x [d, d]: by LAPACK's gesdd and, where that does
+    not converge, which happens with values as alike as these, by the slower gesvd."""
+    try:
+        left, values, _ = np.linalg.svd(x)
+    except np.linalg.LinAlgError:
+        left, values, _ = scipy.linalg.svd(x, lapack_driver="gesvd")
+    return left, values
+
+
+def range_first(projector: np.ndarray) -> np.ndarray:
+    """[d, d]: orthonormal columns, those that a symmetric projector keeps before those that it makes zero."""
+    return np.linalg.eigh(projector)[1][:, ::-1]
 
 
 def _narrower(inside: np.ndarray, free: np.ndarray) -> Subspace:
