@@ -30,6 +30,7 @@ from jaxcl.models.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 KEYS = ("seed", "width", "layers", "window", "batch_size", "base_steps", "base_lr")
+FILE = "weights.safetensors"
 PIECES = 512  # of each kind in the mix; more steps than they fill read them again
 
 
@@ -66,9 +67,14 @@ def weights(
 
     Raises RequestError when the file there is no safetensors file, or the run there had another config.
     """
-    file = folder / "weights.safetensors"
-    experiment = _experiment(cfg, texts, file, pieces)
+    experiment = _experiment(cfg, texts, folder / FILE, pieces)
     train(experiment, folder, name="demo base", config=identity(cfg), reporter=reporter)
+    return finished(folder)
+
+
+def finished(folder: Path) -> tuple[Params, str]:
+    """(parameters, SHA-256 of their file) of a base that is there. RequestError when it is no safetensors file."""
+    file = folder / FILE
     try:
         return {k: jax.numpy.asarray(v) for k, v in load_file(file).items()}, sha256(file)
     except (OSError, SafetensorError) as e:

@@ -89,6 +89,8 @@ def base(cfg: Config, texts: Sequence[Sequence[str]]) -> tuple[Any, str]:
     """(parameters, SHA-256) of the base, trained when it is not in the cache."""
     key = pretrain.identity(cfg) | {"python": platform.python_version(), "kinds": list(kinds.ALL)}
     folder = cache_folder() / "techniques" / short_hash(key)
+    if (folder / "metrics.json").exists():  # as it is for all but the first of many runs: nothing to lock
+        return pretrain.finished(folder)
     return pretrain.weights(cfg, texts, folder, pieces=PIECES)
 
 
