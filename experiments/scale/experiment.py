@@ -73,7 +73,7 @@ def spec_of(cfg: Config) -> DecoderSpec | T5Spec:
     name = repository(cfg.model)
     if name in T5:
         sizes = {"vocab": 32128, "head_dim": 64, **T5[name]}
-        return T5Spec(**sizes, **kinds, dropout=0.1, segments=((("block",), sizes["layers"]),))
+        return T5Spec(**sizes, **kinds, segments=((("block",), sizes["layers"]),))
     if cfg.model not in MODELS:
         raise unknown("model", cfg.model, [*MODELS, *ON_HUB, *T5], where="--set model")
     sizes = MODELS[cfg.model]
