@@ -14,7 +14,17 @@ from jaxcl.data.template import Template
 from jaxcl.errors import RequestError
 from jaxcl.evaluate import endings as engine
 from jaxcl.evaluate.base import bucket, grouped
-from jaxcl.evaluate.endings import block_arrays, common, cut, ending_nll, endings_nll, prompt_arrays, size_of, stacked
+from jaxcl.evaluate.endings import (
+    block_arrays,
+    by_length,
+    common,
+    cut,
+    ending_nll,
+    endings_nll,
+    prompt_arrays,
+    size_of,
+    stacked,
+)
 from jaxcl.evaluate.ranking import label_ranking
 from jaxcl.metrics.pooling import pooled
 from jaxcl.models.decoder import decoder, head
@@ -124,6 +134,12 @@ def test_sizes_are_few_and_waste_a_quarter_at_most():
     sizes = [size_of(n, 8) for n in range(1, 513)]
     assert all(n <= size < max(n + 8, 1.25 * n) for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) == 4 * 4 + 4 and size_of(0, 8) == 0
+
+
+def test_some_batches_share_a_length_that_holds_all_their_rows(monkeypatch):
+    monkeypatch.setattr(engine, "SERVED", 2)
+    found = list(by_length([9, 1, 5, 3, 4, 8, 2], batch_size=2))
+    assert found == [(4, [1, 6]), (4, [3, 4]), (9, [2, 5]), (9, [0])]
 
 
 def test_what_prompts_begin_with_leaves_each_a_token():

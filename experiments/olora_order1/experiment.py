@@ -54,6 +54,7 @@ class Config:
     test_rows: int | None = 64  # test rows an eval, drawn by seed
     window: int = 128  # tokens; longer inputs lose their end, never the question or the answer
     general: int | None = None  # rows of each set of general ability (`jaxcl.evaluate.general`), null: not measured
+    general_sets: tuple[str, ...] | None = None  # these sets only
     template: str = "plain"
     prefix: bool = False  # the reference's Task:/Dataset: lines, which leak the task's identity
     by: str = "ranking"  # or generation: exact match of what the model writes, the reference's
@@ -125,7 +126,7 @@ def build(cfg: Config) -> Experiment:
     shared = {"window": cfg.window, "template": cfg.template, "prefix": cfg.prefix, "seed": cfg.seed}
     evals = olora_evals(cfg.order, data, tokenizer, rows=cfg.test_rows, batch_size=cfg.eval_batch, by=cfg.by, **shared)
     if cfg.general is not None:
-        evals += general_suite(data, tokenizer, rows=cfg.general, seed=cfg.seed)
+        evals += general_suite(data, tokenizer, rows=cfg.general, seed=cfg.seed, which=cfg.general_sets)
     return Experiment(
         model=model,
         params=params,

@@ -1,8 +1,10 @@
 """A dozen techniques on SmolLM2-135M-Instruct over O-LoRA's order 1, one run each, and the second table of README.md.
 
-    JAXCL_DATA=DIR python experiments/techniques/order1.py --out runs/order1                # runs what is missing
+    JAXCL_DATA=DIR python experiments/techniques/order1.py --out runs/order1 --jobs 2       # runs what is missing
     JAXCL_DATA=DIR python experiments/techniques/order1.py --out runs/order1 --only lora    # rows whose name has this
     JAXCL_DATA=DIR python experiments/techniques/order1.py --out runs/order1 --write        # writes the table
+
+Two runs at a time take less than one after another, since each compiles on one core. Steps are timed afterwards.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxcl.core.run import run_experiment
+import running
+
+from jaxcl import experiment_files
+from jaxcl.core import compile_cache
+from jaxcl.core.config import override
 from jaxcl.metrics.drift import drift
 from jaxcl.metrics.matrix_file import read_matrix
 from jaxcl.metrics.score import score_matrix
@@ -20,7 +26,6 @@ from jaxcl.report.marked import fill
 
 ROWS: dict[str, dict[str, Any]] = {  # settings of `jaxcl run olora_order1` beside its defaults
     "lora": {},
-    "inclora": {},
     "olora": {},
     "inflora": {},
     "lora_experts": {},
@@ -33,11 +38,13 @@ ROWS: dict[str, dict[str, Any]] = {  # settings of `jaxcl run olora_order1` besi
     "lwf": {},
     "agem": {},
     "joint": {},
+    "inclora": {},
 }
-ALL = {"rows": 160, "test_rows": 64, "general": 32}
+SETS = ("ARC-Easy", "boolq", "openbookqa", "piqa", "social_i_qa", "wikipedia")
+ALL = {"rows": 160, "test_rows": 64, "general": 24, "general_sets": ",".join(SETS)}
 SHOWN = {"AA": "aa", "BWT": "bwt_over_T_minus_1", "FWT": "fwt_vs_zero_shot", "LA": "learning_accuracy"}
-HEAD = ("row", *(f"{short} `{name}`" for short, name in SHOWN.items()), "general", "kept", "extra parameters",
-        "rows trained on", "training seconds beside LoRA's")  # fmt: skip
+HEAD = ("row", *(f"{short} `{name}`" for short, name in SHOWN.items()), "general", "perplexity", "stored",
+        "extra parameters", "passes", "step")  # fmt: skip
 README = Path(__file__).with_name("README.md")
 
 
@@ -56,15 +63,17 @@ def account(path: Path) -> dict[str, Any]:
 
 
 def line(out: Path, row: str) -> list[str]:
-    m, a = read_matrix(out / row), account(out / row)
-    scores, change = score_matrix(m, out / row)["metrics"], drift(m)["mean_delta"].get("general", {}).get("value")
-    seconds = [sum(s["train"] for s in x["seconds"]) for x in (a, account(out / "lora"))]
+    m, a, plain = read_matrix(out / row), account(out / row), account(out / "lora")["backward_passes"]
+    scores, change = score_matrix(m, out / row)["metrics"], drift(m)
     held = a["kept"].values()
     kept = ", ".join(f"{k['examples']} rows" if k["examples"] else f"{k['bytes'] / 2**20:.1f} MiB" for k in held)
-    general = "-" if change is None else f"{change:+.3f}"
-    extra, trained = f"{a['parameters']['extra']:,}", str(a["backward_passes"])
-    return [row, *(cell(scores[name]) for name in SHOWN.values()), general, kept or "0", extra, trained,
-            f"{seconds[0] / seconds[1]:.2f}"]  # fmt: skip
+    general = f"{change['mean_delta']['general']['value']:+.3f}"
+    perplexity = f"{change['evals']['general/wikipedia']['relative_perplexity']:.2f}"
+    step = out / row / "step.json"
+    timed = f"{json.loads(step.read_text(encoding='utf-8'))['ratio']:.2f}" if step.exists() else "-"
+    extra, passes = f"{a['parameters']['extra']:,}", f"{a['backward_passes'] / plain:.2f}"
+    return [row, *(cell(scores[name]) for name in SHOWN.values()), general, perplexity, kept or "0", extra, passes,
+            timed]  # fmt: skip
 
 
 def table(out: Path) -> str:
@@ -76,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/order1"))
     parser.add_argument("--only", nargs="*", default=[], help="Rows with one of these in their names.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs made at the same time; each needs 5 GiB.")
     parser.add_argument("--write", action="store_true", help="Write the table into README.md.")
     args = parser.parse_args()
     if args.write:
@@ -83,10 +93,16 @@ def main() -> None:
             parser.error(f"{args.out} has no finished run of 'lora', which the others are compared with; run it first")
         fill(README, "order1", table(args.out))
         return
-    for row in ROWS:
-        if not (args.out / row / "metrics.json").exists() and (not args.only or any(o in row for o in args.only)):
-            print(row, flush=True)
-            run_experiment("olora_order1", settings(row), out=str(args.out / row))
+    wanted = [row for row in ROWS if not args.only or any(part in row for part in args.only)]
+    running.train_all({row: ("olora_order1", settings(row), args.out / row) for row in wanted}, args.jobs)
+    compile_cache.enable()
+    module = experiment_files.load("olora_order1")
+
+    def build(row: str) -> Any:
+        return module.build(override(module.Config(), settings(row)))
+
+    for row in wanted:
+        running.time_beside(build, "lora", row, args.out / row / "step.json", rounds=5, warm=5, steps=1)
 
 
 if __name__ == "__main__":

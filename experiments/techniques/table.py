@@ -10,23 +10,17 @@ A run that was stopped continues; ``--jobs 2`` makes two at a time. Steps are ti
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
 import json
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import choices
+import running
 
 from jaxcl import experiment_files
-from jaxcl.bench.running import Running
-from jaxcl.bench.turns import in_turn, summary
 from jaxcl.core import compile_cache
-from jaxcl.core.compiled import StepCache
 from jaxcl.metrics.drift import drift
 from jaxcl.metrics.matrix_file import read_matrix
 from jaxcl.metrics.score import score_matrix
@@ -38,7 +32,6 @@ HEAD = ("row", *(f"{short} `{name}`" for short, name in SHOWN.items()), "general
         "passes", "step")  # fmt: skip
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 """Half-widths of 95% intervals of a mean of n values, in standard errors."""
-STAGE, ROUNDS, STEPS = 2, 5, 10  # where and how steps are timed
 README = Path(__file__).with_name("README.md")
 
 
@@ -49,39 +42,6 @@ def folder(out: Path, row: str) -> Path:
 def runs(out: Path, row: str) -> dict[tuple[int, str], Path]:
     """{(seed, order): run directory}."""
     return {(seed, order): folder(out, row) / f"{order}-{seed}" for seed in SEEDS for order in ORDERS}
-
-
-def train_all(out: Path, wanted: list[str], jobs: int) -> None:
-    """All rows on one seed and order, then on the next, so that rows can be compared early: one process a run,
-    ``jobs`` at a time. A run that fails says why, and the others go on."""
-    left = [(row, *which, path) for which in itertools.product(SEEDS, ORDERS) for row in wanted
-            if not ((path := runs(out, row)[which]) / "metrics.json").exists()]  # fmt: skip
-    began = time.monotonic()
-
-    def train_one(run: tuple[str, int, str, Path]) -> str:
-        row, seed, order, path = run
-        sets = [f"--set={setting}" for setting in (f"row={row}", f"seed={seed}", f"order={order}")]
-        words = [sys.executable, "-m", "jaxcl", "run", "techniques", *sets, "--out", str(path)]
-        done = subprocess.run(words, capture_output=True, text=True)
-        return f"{row}, seed {seed}, {order}" + ("" if done.returncode == 0 else f": {done.stderr.strip()[-300:]}")
-
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for number, future in enumerate(concurrent.futures.as_completed([pool.submit(train_one, r) for r in left]), 1):
-            minutes = (time.monotonic() - began) / number * (len(left) - number) / 60
-            print(f"{number}/{len(left)} {future.result()}; {minutes:.0f} min left", flush=True)
-
-
-def time_row(module: Any, out: Path, row: str) -> None:
-    """Steps of the row beside those of fine-tuning, in turn in this process; a file beside its runs."""
-    file = folder(out, row) / "step.json"
-    if file.exists():
-        return
-    sides = []
-    for name in ("finetune", row):
-        exp = module.build(module.Config(row=name))
-        one = Running(exp, STAGE, StepCache(exp), STEPS * (ROUNDS + 2))
-        sides.append(lambda one=one: [one() for _ in range(STEPS)])
-    file.write_text(json.dumps(summary(in_turn(*sides, ROUNDS, 1)), indent=1), encoding="utf-8")
 
 
 def mean(values: list[float]) -> str:
@@ -141,10 +101,16 @@ def main() -> None:
         fill(README, "table", table(module, args.out))
         return
     wanted = [row for row in choices.CHOICES if not args.only or any(part in row for part in args.only)]
-    train_all(args.out, wanted, args.jobs)
+    # all rows on one seed and order, then on the next, so that rows can be compared early
+    todo = {f"{row}, seed {seed}, {order}": ("techniques", [f"row={row}", f"seed={seed}", f"order={order}"], path)
+            for seed, order in itertools.product(SEEDS, ORDERS) for row in wanted
+            for path in [runs(args.out, row)[seed, order]]}  # fmt: skip
+    running.train_all(todo, args.jobs)
     compile_cache.enable()
     for row in wanted:
-        time_row(module, args.out, row)
+        file = folder(args.out, row) / "step.json"
+        running.time_beside(lambda name: module.build(module.Config(row=name)), "finetune", row, file,
+                            rounds=5, warm=1, steps=10)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ BLOCK = 32
 """Tokens of a row's block of endings, more where one ending is longer."""
 LOGITS = 512
 """Positions whose logits exist at the same time."""
+SERVED = 16
+"""Batches that one shape serves: to compile another takes longer than they take with some padding more."""
 CELLS = ("tokens", "targets", "segments", "positions")
 
 Ids = Sequence[int] | np.ndarray
@@ -45,8 +47,8 @@ def endings_nll(
     shape = (max(map(len, endings)), max(map(len, blocks)), size_of(tokens, 8))
     found: list[np.ndarray] = [np.zeros((2, 0))] * len(prompts)
     done = 0
-    for members in by_length([len(p) for p in prompts], batch_size):
-        rest = size_of(max(len(prompts[i]) for i in members) - begin, 16)
+    for longest, members in by_length([len(p) for p in prompts], batch_size):
+        rest = size_of(longest - begin, 16)
         prompt = stacked([prompt_arrays(prompts[i], begin, rest) for i in members], batch_size)
         block = stacked([block_arrays(len(prompts[i]), blocks[i], *shape) for i in members], batch_size)
         for i, row in zip(members, host(view.call(ending_nll, prompt, block))):
@@ -169,11 +171,16 @@ def size_of(length: int, least: int) -> int:
     return -(-length // step) * step
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Rows of one batch after another, the shortest first; only the last batch may be short."""
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """(a length that holds them, rows) of one batch after another, the shortest first; `SERVED` batches share a length.
+
+    Only the last batch may be short.
+    """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    alike = batch_size * SERVED
     for at in range(0, len(order), batch_size):
-        yield order[at : at + batch_size]
+        longest = order[at - at % alike :][:alike][-1]
+        yield lengths[longest], order[at : at + batch_size]
 
 
 def cut(endings: Sequence[Ids]) -> list[list[Ids]]:
