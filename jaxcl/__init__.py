@@ -25,6 +25,7 @@ _HOME = {
     "jaxcl.methods.elle": "elle",
     "jaxcl.methods.ewc": "ewc",
     "jaxcl.methods.feature_reg": "feature_reg",
+    "jaxcl.methods.idbr": "idbr",
     "jaxcl.methods.finetune": "finetune",
     "jaxcl.methods.gem": "gem",
     "jaxcl.methods.generative_replay": "generative_replay",

@@ -41,6 +41,7 @@ _STATIC = (  # name, kind, group, card, paper
         "cft/feature-regularization",
         "Wang et al. 2023, arXiv 2305.06616",
     ),
+    ("idbr", "method", "distillation", "cft/feature-regularization", "Huang et al. 2021, arXiv 2104.05489"),
     ("agem", "method", "gradients", "cft/a-gem", "Chaudhry et al. 2019, arXiv 1812.00420"),
     ("gem", "method", "gradients", "cft/gem", "Lopez-Paz and Ranzato 2017, arXiv 1706.08840"),
     ("ogd", "method", "gradients", "cft/ogd", "Farajtabar et al. 2020, arXiv 1910.07104"),

@@ -25,6 +25,7 @@ from jaxcl.methods.grace import grace
 from jaxcl.methods.grpo import grpo
 from jaxcl.methods.hat import hat
 from jaxcl.methods.ia3 import ia3
+from jaxcl.methods.idbr import idbr
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.inflora import inflora
 from jaxcl.methods.joint import joint
@@ -66,6 +67,7 @@ METHODS = {
     "lwf": lwf,
     "asked": lambda: lwf(teacher="topk", rows="new", k=4),
     "feature_reg": lambda: feature_reg(layers=(1, -1), distance="relational", positions="mean"),
+    "idbr": lambda: idbr(width=5, max_stages=2),
     "agem": lambda: agem(capacity=10),
     "gem": lambda: gem(capacity=10, max_stages=2),
     "ogd": lambda: ogd(rows=4, max_stages=2),

@@ -28,6 +28,7 @@ from jaxcl.methods.grace import grace
 from jaxcl.methods.grpo import grpo
 from jaxcl.methods.hat import hat
 from jaxcl.methods.ia3 import ia3
+from jaxcl.methods.idbr import idbr
 from jaxcl.methods.inclora import inclora
 from jaxcl.methods.inflora import inflora
 from jaxcl.methods.joint import joint
@@ -73,6 +74,7 @@ ROWS: dict[str, Callable[[], Method]] = {
     "lwf": lambda: lwf(),
     "lwf asked": lambda: lwf(teacher="topk", rows="new", k=4),
     "feature_reg": lambda: feature_reg(strength=2.0),
+    "idbr": lambda: idbr(width=5, max_stages=3),
     "agem": lambda: agem(capacity=8),
     "gem": lambda: gem(capacity=8, max_stages=3),
     "ogd": lambda: ogd(rows=4, max_stages=3, exact=True),
@@ -106,12 +108,12 @@ ADAPTERS = ("lora", "lora merged", "inclora", "olora", "inflora")
 BESIDE = ("ia3", "prompt_tuning", "prefix_tuning", "progressive_prompts", "bottleneck", "lora_experts")
 REFUSED = [
     *itertools.combinations(ADAPTERS, 2),  # on the same sites
-    *(("hat", name) for name in (*ADAPTERS, *BESIDE, "llama_pro", "ppo")),  # HAT cannot protect what these train always
+    *(("hat", name) for name in (*ADAPTERS, *BESIDE, "llama_pro", "ppo", "idbr")),  # HAT cannot protect what they train
     ("inflora", "llama_pro"),  # it knows the inputs of layers that these move
     ("prompt_tuning", "progressive_prompts"),  # a model has one soft prompt
     ("ppo", "grpo"),  # a phase has rollouts of one
     *((name, "grace") for name in ("hat", *ADAPTERS, *BESIDE, "llama_pro")),  # GRACE's edits hold in a frozen model
-    ("grace", "ppo"),  # as above
+    *(("grace", name) for name in ("ppo", "idbr")),  # as above
 ]
 # Refused when it comes to that: test_ppo, test_protocol_page.
 ELSEWHERE = [("rho1", "ppo"), ("grace", "elle"), ("inflora", "elle")]
@@ -130,6 +132,7 @@ NOTHING: dict[str, Callable[[], Method]] = {
     "mas": lambda: mas(strength=0.0),
     "lwf": lambda: lwf(strength=0.0),
     "feature_reg": lambda: feature_reg(strength=0.0),
+    "idbr": lambda: idbr(general=0.0, specific=0.0, order=0.0, task=0.0),
     "agem": lambda: agem(capacity=0),
     "gem": lambda: gem(capacity=0, max_stages=3),
     "ogd": lambda: ogd(rows=0),

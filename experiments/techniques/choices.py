@@ -53,6 +53,7 @@ REGULARIZED = alone(
     si=lambda: jaxcl.si(strength=1.0),
     mas=lambda: jaxcl.mas(strength=0.1, rows=64),
     feature_reg=lambda: jaxcl.feature_reg(strength=1.0),
+    idbr=jaxcl.idbr,
 )
 DISTILLED = alone("distillation", lwf=jaxcl.lwf)
 GRADIENTS = alone(

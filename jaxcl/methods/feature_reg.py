@@ -2,7 +2,7 @@
 
 The loss gets strength * mean over layers of a distance between the model's features and its teacher's, on the new rows,
 the replayed ones (another method's `plan` brings them), or both. Cosine on one pooled feature a row is the feature
-distillation of SCKD (Wang et al., Findings of ACL 2023). The two heads of IDBR have no counterpart here.
+distillation of SCKD (Wang et al., Findings of ACL 2023). IDBR, which has heads of its own, is `idbr`.
 """
 
 from __future__ import annotations

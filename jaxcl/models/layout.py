@@ -17,6 +17,8 @@ ADDED: dict[str, Axes] = {  # optional keys that belong to no kernel, by the end
     "prompt/mlp_out_bias": ("embed",),
     "prompt/mlp_scale": ("embed",),
     "prompt/mlp_bias": ("embed",),
+    "idbr/general": ("embed", None),
+    "idbr/specific": ("embed", None),
     "attn/prefix_k": (None, "kv"),
     "attn/prefix_v": (None, "kv"),
     "attn/prefix_map": (None, None, "kv"),

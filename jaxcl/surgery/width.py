@@ -22,13 +22,18 @@ from jaxcl.models.layout import axes, layout, plain
 from jaxcl.models.spec import DecoderSpec
 from jaxcl.surgery.edit import Edit, Origin, operated
 
-READS = {"kernel": -2, "lora_a": -1, "bank_a": -1, "mlp_in": -2, "adapter_down": -2, "parallel_down": -2}
+READS = {"kernel": -2, "lora_a": -1, "bank_a": -1, "mlp_in": -2, "adapter_down": -2, "parallel_down": -2,
+         "general": -2, "specific": -2}  # fmt: skip
 """The axis of a tensor that reads units; all its other named axes write them."""
+
+HEADS = ("value_head/kernel", "idbr/general", "idbr/specific")
+"""What methods put on the last hidden state, as a language model's head stands there."""
 
 SHARED = (
     *("/lora_scale", "/bank_scale", "parallel_scale", "vocab_bias", "value_head/bias", "prefix/rows", "prefix/in"),
     *("/mlp_in_bias", "prefix/in_bias", "adapter_down_bias", "parallel_down_bias"),
     *("/expert_scale", "/expert_bias", "/expert_bias_old"),
+    *("idbr/general_bias", "idbr/specific_bias", "idbr/task", "idbr/task_bias", "idbr/order", "idbr/order_bias"),
 )
 """Keys beside those of the layout whose entries are no units."""
 
@@ -130,7 +135,7 @@ def _origin(path: str, x: Any, named: tuple[str | None, ...], maps: _Maps, tied:
     rank = x.ndim - stacked
     name = path.rpartition("/")[2].removesuffix("_bank")
     layers = [int(p.split("/")[1]) if p.startswith("layers/") else -1 for p in concrete(path)]
-    undivided = path == "embed/kernel" or (tied and path == "value_head/kernel")  # the last norm did that for it
+    undivided = path == "embed/kernel" or (tied and path in HEADS)  # the last norm did that for them
     reads = None if undivided else READS.get(name)
     index: dict[int, np.ndarray] = {}
     value: dict[int, np.ndarray] = {}
