@@ -66,7 +66,7 @@ def line(out: Path, row: str) -> list[str]:
     m, a, plain = read_matrix(out / row), account(out / row), account(out / "lora")["backward_passes"]
     scores, change = score_matrix(m, out / row)["metrics"], drift(m)
     held = a["kept"].values()
-    kept = ", ".join(f"{k['examples']} rows" if k["examples"] else f"{k['bytes'] / 2**20:.1f} MiB" for k in held)
+    kept = ", ".join(f"{k['examples']} rows" if k["examples"] else running.size(k["bytes"]) for k in held)
     general = f"{change['mean_delta']['general']['value']:+.3f}"
     perplexity = f"{change['evals']['general/wikipedia']['relative_perplexity']:.2f}"
     step = out / row / "step.json"
@@ -102,7 +102,7 @@ def main() -> None:
         return module.build(override(module.Config(), settings(row)))
 
     for row in wanted:
-        running.time_beside(build, "lora", row, args.out / row / "step.json", rounds=5, warm=5, steps=1)
+        running.time_beside(build, "lora", row, args.out / row / "step.json", rounds=5, warm=2, steps=1)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,20 @@ def train_all(runs: dict[str, tuple[str, list[str], Path]], jobs: int) -> None:
             print(f"{number}/{len(left)} {future.result()}; {minutes:.0f} min left", flush=True)
 
 
+def size(count: float) -> str:
+    """Bytes for a table."""
+    for unit, each in (("MiB", 2**20), ("KiB", 2**10)):
+        if count >= each:
+            return f"{count / each:.{2 if unit == 'MiB' else 0}f} {unit}"
+    return f"{count:.0f} B" if count else "0"
+
+
 def time_beside(
     build: Callable[[str], Any], base: str, row: str, file: Path, *, rounds: int, warm: int, steps: int
 ) -> None:
-    """``file``: `jaxcl.bench.turns.summary` of ``rounds`` of ``steps`` steps of both, in turn, in the third stage."""
-    if file.exists():
+    """``file``: `jaxcl.bench.turns.summary` of ``rounds`` of ``steps`` steps of both, in turn, in the third stage. Not
+    where it is there already, or no run has made its folder."""
+    if file.exists() or not file.parent.is_dir():
         return
     sides = []
     for name in (base, row):

@@ -65,11 +65,7 @@ def line(out: Path, row: str, row_bytes: int, plain: float) -> list[str]:
     timed = f"{json.loads(step.read_text(encoding='utf-8'))['ratio']:.2f}" if step.exists() else "-"
     extra = accounts[0]["parameters"]["extra"]
     cells = [mean([s[name]["value"] for s in scores]) for name in SHOWN.values()]
-    return [row, *cells, mean(general), size(max(kept)), f"{extra:,}", f"{passes:.2f}", timed]
-
-
-def size(n: float) -> str:
-    return f"{n / 2**20:.2f} MiB" if n >= 2**20 else f"{n / 2**10:.0f} KiB" if n else "0"
+    return [row, *cells, mean(general), running.size(max(kept)), f"{extra:,}", f"{passes:.2f}", timed]
 
 
 def table(module: Any, out: Path) -> str:
